@@ -1,0 +1,46 @@
+"""Package metadata of colbert_jax; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="colbert_jax",
+    version="0.1.0",
+    description="Pre-train late-interaction (ColBERT) retrieval models in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["colbert_jax", "colbert_jax.*"]),
+    install_requires=[
+        "absl-py",
+        "array_record",
+        "bm25s>=0.2.13",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "huggingface_hub>=1.3",
+        "ir-measures>=0.4.1",
+        "jax>=0.10.2",
+        "jaxtyping>=0.3.3",
+        "matplotlib>=3.9",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.32,<1",
+        "pyarrow>=17",
+        "safetensors>=0.5",
+        "tensorboardX>=2.6.2",
+        "tensorflow-datasets>=4.9.9",
+        "tokenizers>=0.22",
+        "tqdm>=4.66",
+        "transformers>=5.0,<6",
+    ],
+    extras_require={
+        # torch is pinned to one version because Transformers' PyTorch ModernBERT is a reference
+        # that the parity tests compare numbers with.
+        "test": ["hypothesis", "mypy", "pytest>=8", "ruff==0.17.6", "torch==2.13.0"],
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+    },
+)
