@@ -1,0 +1,199 @@
+"""ColBERT (arXiv 2004.12832): an encoder, a projection, and unit-length token embeddings."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from colbert_jax.modernbert import ModernBert, ModernBertConfig, init_weight, project
+from colbert_jax.sharding import batch_shards
+
+Params = dict[Any, Any]  # nested dict of arrays, named as the modules are; lists by number
+Embed = Callable[[Params, Int[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T D"]]
+
+ACTIVATIONS: dict[str, Callable] = {
+    "identity": lambda x: x,
+    "tanh": jnp.tanh,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseConfig:
+    """One layer of the projection, as PyLate's `Dense` has it.
+
+    Attributes:
+      in_features: width of its input.
+      out_features: width of its output.
+      use_bias: whether a bias is added.
+      activation: a key of `ACTIVATIONS`.
+      use_residual: whether the input is added to the output (through a matrix of its own where
+        the widths differ).
+    """
+
+    in_features: int
+    out_features: int = 128
+    use_bias: bool = False
+    activation: str = "identity"
+    use_residual: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ColbertConfig:
+    """An encoder and the projection layers behind it."""
+
+    encoder: ModernBertConfig
+    projection: tuple[DenseConfig, ...]
+
+    @property
+    def embedding_size(self) -> int:
+        """D, the width of a token embedding."""
+        return self.projection[-1].out_features
+
+
+class Dense(nnx.Module):
+    """`activation(x W + b)`, plus the input where the layer is residual."""
+
+    def __init__(self, config: DenseConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        shape = (config.in_features, config.out_features)
+        # The standard deviation of PyTorch's default for a linear layer, which PyLate leaves as is.
+        std = (3.0 * config.in_features) ** -0.5
+        self.kernel = init_weight(rngs, shape, std, 2.0, ("embed", "proj"))
+        bias = nnx.Param(jnp.zeros((config.out_features,), jnp.float32), axes=("proj",))
+        self.bias = bias if config.use_bias else None
+        widens = config.use_residual and config.in_features != config.out_features
+        self.residual = init_weight(rngs, shape, std, 2.0, ("embed", "proj")) if widens else None
+
+    def __call__(self, x: Float[Array, "B T _"]) -> Float[Array, "B T _"]:
+        """Projects every token."""
+        y = project(x, self.kernel[...])
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        y = ACTIVATIONS[self.config.activation](y)
+        if self.config.use_residual:
+            y = y + (x if self.residual is None else project(x, self.residual[...]))
+        return y
+
+
+def normalize(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    """Scales vectors to length 1 in float32; a vector shorter than 1e-12 is left short."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=-1, keepdims=True), 1e-24))
+
+
+class Colbert(nnx.Module):
+    """Token ids to token embeddings; queries and documents go the same way."""
+
+    def __init__(self, config: ColbertConfig, *, rngs: nnx.Rngs):
+        self.encoder = ModernBert(config.encoder, rngs=rngs)
+        self.projection = nnx.List([Dense(dense, rngs=rngs) for dense in config.projection])
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"],
+        dtype: jnp.dtype = jnp.float32,
+    ) -> Float[Array, "B T D"]:
+        """Embeds every token.
+
+        Args:
+          input_ids: `input_ids[batch, token]`, int32.
+          attention_mask: `attention_mask[batch, token]`, True where a token may be looked at
+            (not the same as which tokens are scored).
+          dtype: compute dtype of encoder and projection.
+
+        Returns:
+          `token_embeddings[batch, token, dim]`, float32 and of length 1, at masked positions too.
+        """
+        x = self.encoder(input_ids, attention_mask, dtype)
+        for dense in self.projection:
+            x = dense(x)
+        return normalize(x)
+
+
+def init_params(config: ColbertConfig, seed: int | jax.Array) -> Params:
+    """Draws fresh float32 parameters from a seed; traceable, so that they can be born sharded."""
+    model = Colbert(config, rngs=nnx.Rngs(seed))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def _split(config: ColbertConfig) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: Colbert(config, rngs=nnx.Rngs(0))))
+
+
+def param_axes(config: ColbertConfig) -> Params:
+    """The tree of logical axis names, one tuple a parameter, in the structure of the parameters."""
+    variables = _split(config)[1]
+    axes = jax.tree.map(
+        lambda v: v.get_metadata("axes"), variables, is_leaf=lambda v: isinstance(v, nnx.Variable)
+    )
+    return nnx.to_pure_dict(axes)
+
+
+def param_shapes(config: ColbertConfig) -> Params:
+    """The tree of `jax.ShapeDtypeStruct` of the parameters; nothing is allocated."""
+    return jax.eval_shape(lambda: init_params(config, 0))
+
+
+def make_embed(config: ColbertConfig, dtype: jnp.dtype | str = jnp.float32) -> Embed:
+    """Makes the pure function `embed(params, input_ids, attention_mask) -> token_embeddings`.
+
+    The module tree is split here, once; what is jitted sees only pytrees, so that a step costs
+    no Python time for module bookkeeping.
+    """
+    graphdef, _ = _split(config)
+    dtype = jnp.dtype(dtype)
+
+    def embed(
+        params: Params, input_ids: Int[Array, "B T"], attention_mask: Bool[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        return nnx.merge(graphdef, params)(input_ids, attention_mask, dtype)
+
+    return embed
+
+
+def micro_batched(embed: Embed, size: int) -> Embed:
+    """Embeds a batch a few texts at a time, and again in the backward pass.
+
+    This is GradCache (arXiv 2101.06983) inside one compiled program: the embeddings of the whole
+    batch are kept, the encoder's activations only of one micro-batch, and the gradient is that of
+    the whole batch.
+
+    Args:
+      embed: the function to wrap.
+      size: texts that each device embeds at a time; 0 embeds all at once and keeps everything.
+
+    Returns:
+      A function like `embed`. A batch is cut into the fewest equal parts that fit.
+    """
+    if not size:
+        return embed
+
+    def embed_parts(
+        params: Params, input_ids: Int[Array, "B T"], attention_mask: Bool[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        batch, shards = len(input_ids), batch_shards()
+        even = shards if batch % shards == 0 else 1
+        parts = next(
+            n
+            for n in range(1, batch + 1)
+            if batch % (n * even) == 0 and (batch // n <= size * shards or batch == n * even)
+        )
+        # Every parts-th text to one part: a part then has its share on every device already,
+        # where cutting the batch into runs would have to move texts between devices.
+        ids, mask = (
+            x.reshape(batch // parts, parts, -1).swapaxes(0, 1) for x in (input_ids, attention_mask)
+        )
+        remembering_nothing = jax.checkpoint(embed)
+        embedded = jax.lax.map(lambda part: remembering_nothing(params, *part), (ids, mask))
+        return embedded.swapaxes(0, 1).reshape(batch, *embedded.shape[2:])
+
+    return embed_parts

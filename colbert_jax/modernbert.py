@@ -1,0 +1,268 @@
+"""ModernBERT (arXiv 2412.13663) in Flax NNX: token ids in, contextual vectors out.
+
+Numbers follow Transformers' `ModernBertModel`. Shape letters: B batch, T token, E hidden size,
+H heads, K head size, F intermediate size, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from colbert_jax.sharding import Axes, constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class ModernBertConfig:
+    """Shape and constants of an encoder; the defaults are ModernBERT-base's.
+
+    Attributes:
+      vocab_size: rows of the embedding table.
+      hidden_size: E.
+      intermediate_size: F, the width of the gated linear unit.
+      num_hidden_layers: number of layers.
+      num_attention_heads: H; the head size is E / H.
+      global_attn_every_n_layers: layers 0, n, 2n, ... attend globally, the others locally.
+      local_attention: width of the local window in tokens, half of it on either side.
+      global_rope_theta: base of the rotary angles in global layers.
+      local_rope_theta: base of the rotary angles in local layers.
+      norm_eps: added to the variance in layer norms.
+      max_position_embeddings: longest sequence in tokens that the weights were trained for.
+      initializer_range: standard deviation of fresh weights.
+      initializer_cutoff_factor: fresh weights are cut at this many standard deviations.
+    """
+
+    vocab_size: int = 50368
+    hidden_size: int = 768
+    intermediate_size: int = 1152
+    num_hidden_layers: int = 22
+    num_attention_heads: int = 12
+    global_attn_every_n_layers: int = 3
+    local_attention: int = 128
+    global_rope_theta: float = 160_000.0
+    local_rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    initializer_cutoff_factor: float = 2.0
+
+    @property
+    def head_size(self) -> int:
+        """K, the width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def is_global(self, layer: int) -> bool:
+        """Whether this layer attends to the whole sequence."""
+        return layer % self.global_attn_every_n_layers == 0
+
+
+def rotary_angles(
+    length: int, head_size: int, theta: float
+) -> tuple[Float[Array, "T K"], Float[Array, "T K"]]:
+    """Cosines and sines of the rotary position embedding, in float32 (arXiv 2104.09864)."""
+    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "B T H K"], cos: Float[Array, "T K"], sin: Float[Array, "T K"]
+) -> Float[Array, "B T H K"]:
+    """Turns each head by its position's angles, pairing element k with element k + K/2."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x * cos[:, None] + turned * sin[:, None]).astype(x.dtype)
+
+
+def attention_masks(
+    attention_mask: Bool[Array, "B T"], local_attention: int
+) -> tuple[Bool[Array, "B 1 1 T"], Bool[Array, "#B 1 #T T"]]:
+    """Who may look at whom, for global and for local layers: both ends of the window included."""
+    everywhere = attention_mask[:, None, None, :]
+    length, reach = attention_mask.shape[1], local_attention // 2
+    if length <= reach + 1:
+        return everywhere, everywhere
+    position = jnp.arange(length)
+    near = jnp.abs(position[:, None] - position[None, :]) <= reach
+    return everywhere, everywhere & near[None, None]
+
+
+def attend(
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B T H K"],
+    value: Float[Array, "B T H K"],
+    mask: Bool[Array, "#B 1 #T T"],
+) -> Float[Array, "B T H K"]:
+    """Softmax attention, normalised in float32.
+
+    A row with nothing to look at gets 0, as PyTorch's `scaled_dot_product_attention` has it. Such
+    rows are padding or, in queries longer than half the window, expansion tokens, which score. A
+    finite lowest logit keeps NaN from them, which would poison the gradient of every parameter.
+    """
+    # Heads before tokens: both products are then plain batched matrix products, a third faster
+    # on CPU than the same einsum over strided heads.
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5
+    logits = jnp.einsum("bhqk,bhtk->bhqt", query * scale, key, preferred_element_type=jnp.float32)
+    logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    gathered = jnp.einsum("bhqt,bhtk->bhqk", weights, value)
+    gathered = jnp.where(mask.any(axis=-1, keepdims=True), gathered, 0)
+    return jnp.swapaxes(gathered, 1, 2)
+
+
+def project(x: Float[Array, "B T E"], weight: Float[Array, "E *out"]) -> Float[Array, "B T *out"]:
+    """`x` times a weight cast to its dtype, as one product of two matrices.
+
+    Written as an einsum over batch and token, the weight's gradient contracts two axes at once,
+    which XLA's CPU backend does at half the speed.
+    """
+    flat = x.reshape(-1, x.shape[-1]) @ weight.reshape(weight.shape[0], -1).astype(x.dtype)
+    return flat.reshape(*x.shape[:-1], *weight.shape[1:])
+
+
+def init_weight(
+    rngs: nnx.Rngs, shape: tuple[int, ...], std: float, cutoff: float, axes: Axes
+) -> nnx.Param:
+    """A fresh float32 parameter from a normal cut at `cutoff` standard deviations."""
+    values = jax.random.truncated_normal(rngs.params(), -cutoff, cutoff, shape, jnp.float32)
+    return nnx.Param(values * std, axes=axes)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with a scale and no bias, computed in float32."""
+
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=("embed",))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """Normalises the last axis."""
+        y = x.astype(jnp.float32)
+        y = y - y.mean(axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with rotary positions and no biases."""
+
+    def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
+        hidden, heads, size = config.hidden_size, config.num_attention_heads, config.head_size
+        std, cutoff = config.initializer_range, config.initializer_cutoff_factor
+        self.qkv = init_weight(
+            rngs, (hidden, heads, 3, size), std, cutoff, ("embed", "heads", None, None)
+        )
+        # Weights that write to the residual stream start smaller the deeper the network is.
+        out_std = std / (2.0 * config.num_hidden_layers) ** 0.5
+        self.out = init_weight(
+            rngs, (heads, size, hidden), out_std, cutoff, ("heads", None, "embed")
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        mask: Bool[Array, "#B 1 #T T"],
+        angles: tuple[Float[Array, "T K"], Float[Array, "T K"]],
+    ) -> Float[Array, "B T E"]:
+        """Lets every token gather from the tokens its mask row allows."""
+        # Heads are the outermost of the merged axes, so that splitting them over `tensor` survives
+        # the reshape.
+        qkv = project(x, self.qkv[...])
+        query, key, value = qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
+        gathered = attend(rotate(query, *angles), rotate(key, *angles), value, mask)
+        out = self.out[...]
+        return project(gathered.reshape(*x.shape[:2], -1), out.reshape(-1, out.shape[-1]))
+
+
+class GatedMlp(nnx.Module):
+    """GeGLU (arXiv 2002.05202) with the exact GELU on the first half."""
+
+    def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
+        hidden, width = config.hidden_size, config.intermediate_size
+        std, cutoff = config.initializer_range, config.initializer_cutoff_factor
+        self.wi = init_weight(rngs, (hidden, 2, width), std, cutoff, ("embed", None, "mlp"))
+        out_std = std / (2.0 * config.num_hidden_layers) ** 0.5
+        self.wo = init_weight(rngs, (width, hidden), out_std, cutoff, ("mlp", "embed"))
+
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """Transforms each token on its own."""
+        wi = self.wi[...]
+        gated = jax.nn.gelu(project(x, wi[:, 0]), approximate=False) * project(x, wi[:, 1])
+        return project(gated, self.wo[...])
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each normalised before and added to the residual stream after."""
+
+    def __init__(self, config: ModernBertConfig, index: int, rngs: nnx.Rngs):
+        # The embedding norm comes right before layer 0, whose own norm is the identity.
+        norm: Callable = lambda: LayerNorm(config.hidden_size, config.norm_eps)  # noqa: E731
+        self.attn_norm = norm() if index > 0 else None
+        self.attn = Attention(config, rngs)
+        self.mlp_norm = norm()
+        self.mlp = GatedMlp(config, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        mask: Bool[Array, "#B 1 #T T"],
+        angles: tuple[Float[Array, "T K"], Float[Array, "T K"]],
+    ) -> Float[Array, "B T E"]:
+        """Refines every token's vector once."""
+        x = x + self.attn(x if self.attn_norm is None else self.attn_norm(x), mask, angles)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class ModernBert(nnx.Module):
+    """The encoder: embedding, norm, layers, norm."""
+
+    def __init__(self, config: ModernBertConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.tok_embeddings = init_weight(
+            rngs,
+            (config.vocab_size, config.hidden_size),
+            config.initializer_range,
+            config.initializer_cutoff_factor,
+            ("vocab", "embed"),
+        )
+        self.embedding_norm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.layers = nnx.List(
+            [Layer(config, index, rngs) for index in range(config.num_hidden_layers)]
+        )
+        self.final_norm = LayerNorm(config.hidden_size, config.norm_eps)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"],
+        dtype: jnp.dtype = jnp.float32,
+    ) -> Float[Array, "B T E"]:
+        """Encodes token ids.
+
+        Args:
+          input_ids: `input_ids[batch, token]`, int32.
+          attention_mask: `attention_mask[batch, token]`, True where a token may be looked at.
+          dtype: compute dtype; parameters stay float32 and are cast where they are used.
+
+        Returns:
+          `hidden[batch, token, hidden_size]` in `dtype`, also at masked positions.
+        """
+        config = self.config
+        global_mask, local_mask = attention_masks(attention_mask, config.local_attention)
+        length = input_ids.shape[1]
+        global_angles = rotary_angles(length, config.head_size, config.global_rope_theta)
+        local_angles = rotary_angles(length, config.head_size, config.local_rope_theta)
+        x = jnp.take(self.tok_embeddings[...], input_ids, axis=0).astype(dtype)
+        x = self.embedding_norm(constrain(x, "batch", "seq", None))
+        for index, layer in enumerate(self.layers):
+            if config.is_global(index):
+                x = layer(x, global_mask, global_angles)
+            else:
+                x = layer(x, local_mask, local_angles)
+            x = constrain(x, "batch", "seq", None)
+        return self.final_norm(x)

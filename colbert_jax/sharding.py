@@ -1,0 +1,145 @@
+"""The device mesh, and the one table that lays logical axes on it.
+
+Parameters and activations name their axes by meaning (`batch`, `embed`, `heads`, ...); the table
+`AXIS_RULES` says over which mesh axes each is split. One device is a mesh of shape (1, 1, 1), so
+the same program runs there and on a pod.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from colbert_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+AXIS_RULES: dict[str | None, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),  # pairs of a global batch
+    "vocab": ("tensor",),  # rows of the embedding table
+    "embed": ("fsdp",),  # hidden size in parameters: sharded storage, gathered for use
+    "heads": ("tensor",),  # attention heads
+    "mlp": ("tensor",),  # intermediate size
+    "proj": (),  # token embedding size, 128: too small to split
+    "seq": (),
+    None: (),
+}
+
+Axes = tuple[str | None, ...]
+
+
+def join_hosts() -> None:
+    """Joins this process to the others of a run, where the environment names them.
+
+    `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`
+    must be set before any device is touched; without the first, the process runs alone.
+
+    Raises:
+      UserError: the address is set and the numbers are not.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if not address:
+        return
+    try:
+        count, index = (int(os.environ[k]) for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            "JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID too, each to "
+            "a whole number."
+        ) from error
+    jax.distributed.initialize(address, count, index)
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Makes the mesh with axes `data`, `fsdp` and `tensor`.
+
+    Args:
+      data: size of the data axis; -1 takes all devices that the other two leave.
+      fsdp: size of the axis over which parameters and optimiser state are split too.
+      tensor: size of the axis over which heads and hidden units are split.
+      devices: the devices to use; all of `jax.devices()` by default.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    if data == -1:
+        data = len(devices) // max(fsdp * tensor, 1)
+    if min(data, fsdp, tensor) < 1 or data * fsdp * tensor != len(devices):
+        raise UserError(
+            f"The mesh (data={data}, fsdp={fsdp}, tensor={tensor}) does not fit {len(devices)} "
+            f"device(s): choose config.mesh sizes whose product is {len(devices)}, or data=-1."
+        )
+    # Auto axes leave the layout of intermediate values to the compiler; under the default
+    # Explicit axes each broadcast of a vmapped MaxSim would need a reshard by hand.
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def partition_spec(axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The partition of an array `x[*shape]` whose axes carry these logical names.
+
+    An axis whose size the mesh does not divide stays whole, so that a vocabulary of odd size or a
+    batch of one still runs.
+    """
+    sizes = dict(mesh.shape)
+    entries: list[tuple[str, ...] | None] = []
+    for name, size in zip(axes, shape, strict=True):
+        mesh_axes = tuple(a for a in AXIS_RULES[name] if sizes[a] > 1)
+        divides = size % math.prod(sizes[a] for a in mesh_axes) == 0
+        entries.append(mesh_axes if mesh_axes and divides else None)
+    return PartitionSpec(*entries)
+
+
+def tree_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+    """A tree of `NamedSharding` for a tree of arrays (or shapes) and its tree of logical axes."""
+    return jax.tree.map(
+        lambda x, names: NamedSharding(mesh, partition_spec(names, x.shape, mesh)), shapes, axes
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins the layout of an activation inside `jit`; does nothing outside a mesh.
+
+    Left alone, the compiler may follow an `fsdp`-split parameter and split activations by hidden
+    size, which trades one gather of a parameter for many of activations.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+
+
+def batch_shards() -> int:
+    """Over how many devices the current mesh splits a batch; 1 outside a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in AXIS_RULES["batch"])
+
+
+def global_batch(batch: Any, mesh: Mesh) -> Any:
+    """Turns each host's slice of a batch into global arrays split over `data` and `fsdp`.
+
+    Args:
+      batch: a tree of numpy arrays `x[local_batch, ...]`.
+      mesh: the mesh of the run.
+
+    Returns:
+      A tree of `jax.Array` of shape `x[batch, ...]`, the first axis over all hosts.
+    """
+
+    def place(x: np.ndarray) -> jax.Array:
+        shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
+        spec = partition_spec(("batch", *(None for _ in x.shape[1:])), shape, mesh)
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x, shape)
+
+    return jax.tree.map(place, batch)

@@ -1,0 +1,244 @@
+"""Text to ids and masks, as PyLate's `ColBERT.tokenize` does it.
+
+prompt + text -> tokens with [CLS] and [SEP], cut to length - 1 -> the marker `[Q] ` or `[D] ` at
+position 1 -> for queries, padding with [MASK] up to the query length ("query expansion").
+
+Two masks leave here and keep their names everywhere: `attention_mask` says which tokens the
+encoder may look at, `scoring_mask` which tokens MaxSim may use. Expansion makes them differ for
+queries, the skip list for documents.
+"""
+
+import dataclasses
+import string
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from colbert_jax.errors import UserError
+
+TokenBatch = dict[str, np.ndarray]  # input_ids int32, attention_mask and scoring_mask bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizationConfig:
+    """How texts become tokens; the defaults are PyLate's.
+
+    Attributes:
+      query_length: tokens of a query, markers and special tokens included.
+      document_length: most tokens of a document, likewise.
+      query_prefix: marker token of queries, trailing space included; "" for none.
+      document_prefix: marker token of documents.
+      do_query_expansion: whether queries are padded to `query_length` with [MASK] and the padding
+        scored.
+      attend_to_expansion_tokens: whether the encoder may look at that padding.
+      skiplist_words: tokens that never score in a document.
+      query_prompt: text put before every query, such as "search_query: ".
+      document_prompt: text put before every document.
+      do_lower_case: whether texts are lower-cased first (`sentence_bert_config.json`).
+    """
+
+    query_length: int = 32
+    document_length: int = 180
+    query_prefix: str = "[Q] "
+    document_prefix: str = "[D] "
+    do_query_expansion: bool = True
+    attend_to_expansion_tokens: bool = False
+    skiplist_words: tuple[str, ...] = tuple(string.punctuation)
+    query_prompt: str = ""
+    document_prompt: str = ""
+    do_lower_case: bool = False
+
+    def __post_init__(self):
+        for name in ("query_length", "document_length"):
+            if getattr(self, name) < 4:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}: it must be at least 4 tokens, to hold "
+                    "[CLS], the marker, one token of text and [SEP]."
+                )
+
+
+class ColbertTokenizer:
+    """A Hugging Face tokenizer with ColBERT's markers, lengths, expansion and skip list."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, config: TokenizationConfig):
+        """Adds the markers to the tokenizer's vocabulary and makes [MASK] its padding.
+
+        Raises:
+          UserError: the tokenizer has no [MASK] token.
+        """
+        if tokenizer.mask_token_id is None:
+            raise UserError(
+                "The tokenizer has no mask token, which pads queries: set `mask_token` in its "
+                "tokenizer_config.json."
+            )
+        markers = [m for m in (config.query_prefix, config.document_prefix) if m]
+        # Not normalized: a lower-casing tokenizer would keep "[Q] " as "[q] ", which PyLate does
+        # not find again.
+        known = tokenizer.get_vocab()
+        tokenizer.add_tokens(
+            [tokenizers.AddedToken(m, normalized=False) for m in markers if m not in known]
+        )
+        tokenizer.pad_token = tokenizer.mask_token
+        self.config = config
+        self.tokenizer = tokenizer
+        self.pad_id: int = tokenizer.mask_token_id
+        ids = [tokenizer.convert_tokens_to_ids(word) for word in config.skiplist_words]
+        self._skiplist = np.unique(np.array([i for i in ids if i is not None], np.int32))
+        self._queries = self._side(config.query_prefix, config.query_length)
+        self._documents = self._side(config.document_prefix, config.document_length)
+
+    def _side(self, marker: str, length: int) -> tuple[tokenizers.Tokenizer, int | None, int]:
+        # A tokenizer carries its truncation as state, so each side gets a copy of its own and
+        # threads never change what another is using.
+        backend = tokenizers.Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.enable_truncation(length - 1 if marker else length)
+        return backend, backend.token_to_id(marker) if marker else None, length
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, markers included: the fewest rows an embedding table must have."""
+        return len(self.tokenizer)
+
+    def queries(self, texts: Sequence[str]) -> TokenBatch:
+        """Tokenizes queries.
+
+        Args:
+          texts: one string a query, without the prompt.
+
+        Returns:
+          `input_ids[query, token]` int32, `attention_mask[query, token]` and
+          `scoring_mask[query, token]` bool. With expansion, and in either case to keep one static
+          shape, queries are `query_length` tokens long; without it the padding never scores.
+        """
+        config = self.config
+        batch = self._encode(texts, config.query_prompt, self._queries, config.query_length)
+        if config.do_query_expansion:
+            batch["scoring_mask"] = np.ones_like(batch["attention_mask"])
+            if config.attend_to_expansion_tokens:
+                batch["attention_mask"] = np.ones_like(batch["attention_mask"])
+        else:
+            batch["scoring_mask"] = batch["attention_mask"].copy()
+        return batch
+
+    def documents(self, texts: Sequence[str], length: int | None = None) -> TokenBatch:
+        """Tokenizes documents.
+
+        Args:
+          texts: one string a document, without the prompt.
+          length: tokens to pad to; None pads to the longest of these texts. Longer texts than
+            `document_length` are cut to it in either case.
+
+        Returns:
+          `input_ids[document, token]` int32, `attention_mask[document, token]` and
+          `scoring_mask[document, token]` bool.
+        """
+        batch = self._encode(texts, self.config.document_prompt, self._documents, length)
+        skipped = np.isin(batch["input_ids"], self._skiplist)
+        batch["scoring_mask"] = batch["attention_mask"] & ~skipped
+        return batch
+
+    def _encode(
+        self,
+        texts: Sequence[str],
+        prompt: str,
+        side: tuple[tokenizers.Tokenizer, int | None, int],
+        length: int | None,
+    ) -> TokenBatch:
+        backend, marker_id, longest = side
+        cleaned = [(prompt + text).strip() for text in texts]
+        if self.config.do_lower_case:
+            cleaned = [text.lower() for text in cleaned]
+        rows = [encoding.ids for encoding in backend.encode_batch_fast(cleaned)]
+        if marker_id is not None:
+            rows = [[*ids[:1], marker_id, *ids[1:]] for ids in rows]
+        lengths = np.array([len(ids) for ids in rows], np.int32)
+        width = min(length or longest, longest)
+        if length is None:
+            width = int(lengths.max(initial=0))
+        input_ids = np.full((len(rows), width), self.pad_id, np.int32)
+        for row, ids in zip(input_ids, rows, strict=True):
+            row[: len(ids)] = ids[:width]
+        return {"input_ids": input_ids, "attention_mask": np.arange(width) < lengths[:, None]}
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """Loads the tokenizer files of a folder; no code from the folder is run.
+
+    Raises:
+      UserError: the folder holds no tokenizer that Transformers can read.
+    """
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise UserError(f"{folder} has no tokenizer.json: add the model's tokenizer files to it.")
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"The tokenizer in {folder} cannot be read ({error}): replace its tokenizer files."
+        ) from error
+    return tokenizer
+
+
+# A new word starts at `camel|Case` and at `HTTP|Server`.
+HUMPS = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, words_only: bool = False
+) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE with ModernBERT's special tokens.
+
+    Args:
+      texts: what to train on.
+      vocab_size: number of ids, special tokens included.
+      words_only: whether names are cut at underscores and camel-case humps, everything is
+        lower-cased, and all but letters and digits is dropped. That suits a small model of source
+        code: `getItems` and "get items" become the same tokens, and fewer of them.
+
+    Returns:
+      A tokenizer that any Transformers user can load; the same texts give the same tokenizer.
+    """
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.normalizer = tokenizers.normalizers.NFC()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if words_only:
+        backend.normalizer = tokenizers.normalizers.Sequence(
+            [
+                tokenizers.normalizers.NFC(),
+                tokenizers.normalizers.Replace(tokenizers.Regex(HUMPS), " "),
+                tokenizers.normalizers.Lowercase(),
+            ]
+        )
+        no_word = tokenizers.Regex(r"[^\p{L}\p{N}]+")
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [
+                tokenizers.pre_tokenizers.Split(no_word, "removed"),
+                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        mask_token="[MASK]",
+    )
