@@ -1,0 +1,1 @@
+"""Text corpora and the grain pipelines that turn them into batches."""

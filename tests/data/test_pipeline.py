@@ -1,0 +1,255 @@
+"""The batch stream: every row once an epoch, one source a batch, the same on every host."""
+
+import itertools
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colbert_jax.data.pipeline import batches_per_epoch, make_batches
+from colbert_jax.data.records import ListSource, RecordSource, write_records
+from colbert_jax.errors import UserError
+
+
+def _source(name, count, documents=1, *, scores=False):
+    return ListSource(
+        {
+            "query": f"{name}/{i}",
+            "documents": [f"{name}/{i}/{j}" for j in range(documents)],
+            "scores": [float(j) for j in range(documents)] if scores else None,
+        }
+        for i in range(count)
+    )
+
+
+def _encode(rows, documents):
+    return {
+        "query": np.array([row["query"] for row in rows]),
+        "documents": np.array([row["documents"] for row in rows]).reshape(-1, documents),
+    }
+
+
+def _batches(sources, *, batch_size, seed=0, host=0, hosts=1, threads=0, encode=_encode):
+    return make_batches(
+        sources,
+        encode=encode,
+        batch_size=batch_size,
+        max_documents=4,
+        seed=seed,
+        process_index=host,
+        process_count=hosts,
+        num_threads=threads,
+        prefetch=2 * threads,
+    )
+
+
+def _take(batches, count, state=None):
+    iterator = iter(batches)
+    try:
+        if state is not None:
+            iterator.set_state(state)
+        return [batch["query"].tolist() for batch in itertools.islice(iterator, count)]
+    finally:
+        iterator.close()
+
+
+def _names(batch):
+    return {query.split("/")[0] for query in batch}
+
+
+@st.composite
+def mixtures(draw):
+    batch_size = draw(st.integers(1, 6))
+    sizes = draw(st.lists(st.integers(1, 25), min_size=1, max_size=3))
+    sizes[0] += batch_size  # at least one fills a batch
+    sources = {f"s{i}": _source(f"s{i}", size) for i, size in enumerate(sizes)}
+    return sources, batch_size, draw(st.integers(0, 2**40))
+
+
+# grain's shuffle walks through 65,536 values an epoch however short the range: few examples.
+quick = settings(max_examples=12, deadline=None)
+
+
+@quick
+@given(mixtures())
+def test_an_epoch_has_every_row_once_but_the_remainder(mixture):
+    sources, batch_size, seed = mixture
+    per_epoch = batches_per_epoch(sources, batch_size)
+    batches = _take(_batches(sources, batch_size=batch_size, seed=seed), 2 * per_epoch)
+    for epoch in range(2):
+        part = batches[epoch * per_epoch : (epoch + 1) * per_epoch]
+        rows = list(itertools.chain(*part))
+        assert len(set(rows)) == len(rows)
+        found = Counter(row.split("/")[0] for row in rows)
+        for name, source in sources.items():
+            assert found[name] == len(source) // batch_size * batch_size
+
+
+@quick
+@given(mixtures())
+def test_a_batch_is_of_one_source_and_sources_come_in_proportion_to_their_size(mixture):
+    sources, batch_size, seed = mixture
+    per_epoch = batches_per_epoch(sources, batch_size)
+    batches = _take(_batches(sources, batch_size=batch_size, seed=seed), per_epoch)
+    assert all(len(batch) == batch_size and len(_names(batch)) == 1 for batch in batches)
+    found = Counter(_names(batch).pop() for batch in batches)
+    assert found == Counter({name: len(source) // batch_size for name, source in sources.items()})
+
+
+@quick
+@given(mixtures(), st.integers(1, 4))
+def test_hosts_have_disjoint_parts_that_make_up_the_global_batch(mixture, hosts):
+    sources, batch_size, seed = mixture
+    batch_size *= hosts
+    sources = {**sources, "large": _source("large", 4 * batch_size)}
+    whole = _take(_batches(sources, batch_size=batch_size, seed=seed), 4)
+    parts = [
+        _take(_batches(sources, batch_size=batch_size, seed=seed, host=host, hosts=hosts), 4)
+        for host in range(hosts)
+    ]
+    assert all(len(batch) == batch_size // hosts for part in parts for batch in part)
+    assert [list(itertools.chain(*step)) for step in zip(*parts, strict=True)] == whole
+
+
+@quick
+@given(mixtures(), st.integers(0, 8))
+def test_a_restored_state_gives_the_batches_that_would_have_followed(mixture, done):
+    sources, batch_size, seed = mixture
+    batch_size *= 2
+    sources = {**sources, "large": _source("large", 5 * batch_size)}
+    whole = _take(_batches(sources, batch_size=batch_size, seed=seed), done + 3)
+    iterator = iter(_batches(sources, batch_size=batch_size, seed=seed, threads=2))
+    for _ in range(done):
+        next(iterator)
+    state = json.loads(json.dumps(iterator.get_state()))
+    iterator.close()
+    assert len(json.dumps(state)) < 100
+    again = _batches(sources, batch_size=batch_size, seed=seed)
+    assert _take(again, 3, state) == whole[done:]
+    halves = [
+        _take(_batches(sources, batch_size=batch_size, seed=seed, host=host, hosts=2), 3, state)
+        for host in range(2)
+    ]
+    assert [a + b for a, b in zip(*halves, strict=True)] == whole[done:]
+
+
+def test_the_order_is_a_function_of_the_seed_alone():
+    sources = {"a": _source("a", 60), "b": _source("b", 40)}
+    first = _take(_batches(sources, batch_size=4, seed=1), 50)
+    other_order = {"b": sources["b"], "a": sources["a"]}
+    assert _take(_batches(other_order, batch_size=4, seed=1, threads=2), 50) == first
+    assert _take(_batches(sources, batch_size=4, seed=2), 50) != first
+
+
+def test_each_epoch_has_another_order_and_other_companions():
+    batches = _take(_batches({"a": _source("a", 60)}, batch_size=4), 45)
+    epochs = [batches[:15], batches[15:30], batches[30:]]
+    together = [{frozenset(batch) for batch in epoch} for epoch in epochs]
+    assert len(together[0] & together[1]) < 3 and len(together[1] & together[2]) < 3
+
+
+def test_the_remainder_is_of_other_rows_in_each_epoch():
+    batches = _take(_batches({"a": _source("a", 7)}, batch_size=4), 40)
+    assert len(set(itertools.chain(*batches))) == 7
+
+
+def test_sources_of_equal_length_have_unrelated_orders():
+    sources = {name: _source(name, 64) for name in ("a", "b")}
+    batches = _take(_batches(sources, batch_size=1), 64 * 2 * 3)
+    epochs = {
+        (name, epoch): tuple(
+            query.split("/")[1]
+            for (query,) in batches[epoch * 128 : (epoch + 1) * 128]
+            if query.startswith(name)
+        )
+        for name in sources
+        for epoch in range(3)
+    }
+    assert len(set(epochs.values())) == 6
+
+
+def test_sources_alternate_rather_than_follow_one_another():
+    sources = {name: _source(name, 100) for name in ("a", "b")}
+    names = [_names(batch).pop() for batch in _take(_batches(sources, batch_size=2), 100)]
+    changes = sum(one != other for one, other in itertools.pairwise(names))
+    assert 25 < changes < 75
+
+
+def test_documents_and_scores_are_cut_to_the_least_of_the_source():
+    rows = [
+        {
+            "query": str(i),
+            "documents": list("abcdef")[: 3 + i % 2],
+            "scores": [2.0, 1.0, 0.0, 5.0][: 3 + i % 2],
+        }
+        for i in range(8)
+    ]
+    long = _source("long", 8, documents=6)
+    seen = []
+
+    def encode(batch, documents):
+        seen.append((batch, documents))
+        return {"query": np.zeros(len(batch))}
+
+    iterator = iter(
+        _batches({"scored": ListSource(rows), "long": long}, batch_size=4, encode=encode)
+    )
+    for _ in range(4):
+        next(iterator)
+    assert {documents for _, documents in seen} == {3, 4}
+    for batch, documents in seen:
+        assert all(len(row["documents"]) == documents for row in batch)
+        if documents == 3:
+            assert all(row["scores"] == [2.0, 1.0, 0.0] for row in batch)
+        else:
+            assert all(row["scores"] is None for row in batch)
+    assert len(long[0]["documents"]) == 6
+
+
+def test_records_on_disk_give_the_batches_of_rows_in_memory(tmp_path):
+    source = _source("a", 50, documents=2)
+    write_records(tmp_path / "a", source, description={})
+    on_disk = _batches({"a": RecordSource(tmp_path / "a")}, batch_size=8, threads=2)
+    assert _take(on_disk, 14) == _take(_batches({"a": source}, batch_size=8), 14)
+
+
+def test_a_batch_is_one_read(monkeypatch):
+    source = _source("a", 50)
+    reads = []
+    read = source.__getitems__
+    monkeypatch.setattr(source, "__getitems__", lambda indices: reads.append(1) or read(indices))
+    _take(_batches({"a": source}, batch_size=8), 5)
+    assert len(reads) == 5
+
+
+def test_a_source_smaller_than_a_batch_is_told_of(caplog):
+    sources = {"tiny": _source("tiny", 3), "large": _source("large", 20)}
+    with caplog.at_level("WARNING"):
+        batches = _take(_batches(sources, batch_size=4), 10)
+    assert "tiny has 3 rows" in caplog.text and "large" not in caplog.text
+    assert set().union(*map(_names, batches)) == {"large"}
+
+
+def test_sources_that_give_no_batch_at_all_are_refused():
+    with pytest.raises(UserError, match=r"8 rows.*a has 7.*b has 2"):
+        _batches({"a": _source("a", 7), "b": _source("b", 2)}, batch_size=8)
+    with pytest.raises(UserError, match="none was given"):
+        _batches({}, batch_size=8)
+
+
+def test_a_batch_that_hosts_cannot_share_equally_is_refused():
+    with pytest.raises(UserError, match="multiple of 3"):
+        _batches({"a": _source("a", 20)}, batch_size=8, hosts=3)
+
+
+def test_an_error_while_encoding_reaches_the_caller():
+    def encode(rows, documents):
+        raise UserError("this text cannot be encoded")
+
+    iterator = iter(_batches({"a": _source("a", 20)}, batch_size=4, encode=encode, threads=2))
+    with pytest.raises(UserError, match="cannot be encoded"):
+        next(iterator)
+    iterator.close()
