@@ -1,0 +1,1 @@
+"""Exact late-interaction search and its measures."""

@@ -1,0 +1,138 @@
+"""A test collection: documents, queries and the judgements which document answers which query."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from colbert_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What a model is evaluated on; all ids are strings."""
+
+    name: str
+    documents: dict[str, str]
+    """`documents[document id]`, the text."""
+    queries: dict[str, str]
+    """`queries[query id]`, the text; every query has judgements."""
+    qrels: dict[str, dict[str, int]]
+    """`qrels[query id][document id]`, the relevance: 0 is judged not relevant, more is better."""
+
+
+def read_beir(folder: str | os.PathLike[str], split: str = "test") -> Collection:
+    """Reads a collection in BEIR's layout (https://github.com/beir-cellar/beir).
+
+    `corpus.jsonl` has a line `{"_id": ..., "title": ..., "text": ...}` for each document, the title
+    being optional; `queries.jsonl` has `{"_id": ..., "text": ...}`; `qrels/SPLIT.tsv` has a header
+    line and then query id, document id and relevance, with tabs between them. A document's text
+    is its title, a space and its text, as in BEIR's and PyLate's evaluations. Queries without
+    judgements in this split are left out.
+
+    Args:
+      folder: holds the three files; its name becomes the collection's.
+      split: names the file of judgements: `test`, `dev` or `train` in most collections.
+
+    Raises:
+      UserError: a file is missing, empty or malformed, an id is used twice, or a judgement names
+        a document or query that is not there.
+    """
+    folder = Path(folder)
+    documents = _read_texts(folder / "corpus.jsonl")
+    queries = _read_texts(folder / "queries.jsonl")
+    qrels = _read_qrels(folder / "qrels" / f"{split}.tsv", documents, queries)
+    return Collection(
+        name=folder.resolve().name,
+        documents=documents,
+        queries={query_id: text for query_id, text in queries.items() if query_id in qrels},
+        qrels=qrels,
+    )
+
+
+def _read_texts(path: Path) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for where, line in _lines(path):
+        row = _parse_row(where, line)
+        row_id, title, text = row.get("_id"), row.get("title") or "", row.get("text")
+        if not isinstance(row_id, str) or not row_id:
+            raise UserError(f'{where} has no id; give it an "_id" that is a string')
+        if not isinstance(text, str) or not isinstance(title, str):
+            raise UserError(f'{where} has no text; give it a "text" that is a string')
+        if row_id in texts:
+            raise UserError(f'{where} has the "_id" {row_id!r} of an earlier line; ids must differ')
+        texts[row_id] = f"{title} {text}" if title else text
+    if not texts:
+        raise UserError(f"{path} is empty; it must have one JSON object on each line")
+    return texts
+
+
+def _parse_row(where: str, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not valid JSON ({error}); mend or remove the line") from error
+    if not isinstance(row, dict):
+        raise UserError(
+            f'{where} is not a JSON object; it must look like {{"_id": "1", "text": …}}'
+        )
+    return row
+
+
+def _read_qrels(
+    path: Path, documents: dict[str, str], queries: dict[str, str]
+) -> dict[str, dict[str, int]]:
+    lines = _lines(path)
+    where, header = next(lines, (f"{path}, line 1,", b""))
+    if header.count(b"\t") != 2 or _is_integer(header.split(b"\t")[2]):
+        raise UserError(
+            f"{where} is not a header; the file must start with the line "
+            "query-id, corpus-id, score, with tabs between the names"
+        )
+    qrels: dict[str, dict[str, int]] = {}
+    for where, line in lines:
+        fields = line.split(b"\t")
+        if len(fields) != 3 or not _is_integer(fields[2]):
+            raise UserError(
+                f"{where} is not a judgement; it must have a query id, a document id and a whole "
+                "number, with tabs between them"
+            )
+        query_id, document_id = (field.decode("utf-8", "replace").strip() for field in fields[:2])
+        if query_id not in queries:
+            raise UserError(
+                f"{where} judges the query {query_id!r}, which queries.jsonl does not have; "
+                "add the query or remove the line"
+            )
+        if document_id not in documents:
+            raise UserError(
+                f"{where} judges the document {document_id!r}, which corpus.jsonl does not have; "
+                "add the document or remove the line"
+            )
+        qrels.setdefault(query_id, {})[document_id] = int(fields[2])
+    if not qrels:
+        raise UserError(f"{path} has no judgements after its header; name a split that has some")
+    return qrels
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """("FILE, line N,", line) of each line that is not blank."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}, line {number},", line.rstrip(b"\r\n")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); "
+            "a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv"
+        ) from error
+
+
+def _is_integer(field: bytes) -> bool:
+    try:
+        int(field)
+    except ValueError:
+        return False
+    return True

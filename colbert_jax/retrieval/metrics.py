@@ -1,0 +1,67 @@
+"""Measures of a run against judgements, computed by ir_measures."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import ir_measures
+
+from colbert_jax.errors import UserError
+
+DEFAULT_METRICS = ("nDCG@10", "MRR@10", "Recall@100")
+
+
+def evaluate_run(
+    qrels: Mapping[str, Mapping[str, int]],
+    run: Mapping[str, Mapping[str, float]],
+    metrics: Sequence[str] = DEFAULT_METRICS,
+) -> dict[str, float]:
+    """Means over all judged queries.
+
+    A judged query that the run does not have counts as 0; a query without judgements is left
+    out. Documents are ranked by score, equal scores by document id; a document whose score is
+    NaN counts as not found. nDCG has the relevance itself as gain, as in trec_eval. For the
+    other measures, relevance 1 and more is relevant.
+
+    Args:
+      qrels: `qrels[query id][document id]`, the relevance.
+      run: `run[query id][document id]`, the score; higher is better.
+      metrics: names that ir_measures knows, such as `nDCG@10`, `MRR@10`, `Recall@100` or `MAP`.
+
+    Returns:
+      `means[name]` for each of `metrics`, 0 to 1.
+
+    Raises:
+      UserError: ir_measures does not know a metric, or there are no judgements.
+    """
+    if not qrels:
+        raise UserError("there are no judgements to evaluate against; name a split that has some")
+    measures = {name: _parse(name) for name in metrics}
+    evaluator = ir_measures.evaluator(set(measures.values()), {q: dict(qrels[q]) for q in qrels})
+    sums = dict.fromkeys(measures.values(), 0.0)
+    ranked = {query_id: _by_rank(run[query_id]) for query_id in qrels if query_id in run}
+    for value in evaluator.iter_calc(ranked):
+        sums[value.measure] += value.value
+    return {name: sums[measure] / len(qrels) for name, measure in measures.items()}
+
+
+def _by_rank(scores: Mapping[str, float]) -> dict[str, float]:
+    """Replaces scores by the negative of the rank.
+
+    The programs behind ir_measures break ties in opposite ways (trec_eval by the highest document
+    id, MS MARCO's script by the lowest), and trec_eval rounds scores to float32. Ranks have no
+    ties and are not rounded, so each measure sees the same order.
+    """
+    found = [document_id for document_id, score in scores.items() if not math.isnan(score)]
+    found.sort(key=lambda document_id: (-scores[document_id], document_id))
+    return {document_id: -float(rank) for rank, document_id in enumerate(found)}
+
+
+def _parse(name: str) -> ir_measures.Measure:
+    try:
+        measure = ir_measures.parse_measure(name)
+    except (NameError, ValueError, SyntaxError) as error:
+        raise UserError(
+            f"the metric {name!r} is not known; use a name of ir_measures, such as nDCG@10, "
+            "MRR@10, Recall@100 or MAP"
+        ) from error
+    return measure
