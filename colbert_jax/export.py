@@ -1,0 +1,42 @@
+"""A run's newest checkpoint as a folder for PyLate and Transformers."""
+
+import logging
+from pathlib import Path
+
+import jax
+
+from colbert_jax import huggingface
+from colbert_jax.checkpoint import read_config
+from colbert_jax.colbert import param_axes, param_shapes
+from colbert_jax.model_card import model_card
+from colbert_jax.results import read_results
+from colbert_jax.sharding import make_mesh, tree_shardings
+from colbert_jax.start import CONFIG_FILE, load_run_params
+
+logger = logging.getLogger(__name__)
+
+
+def export_run(workdir: str | Path, output: str | Path) -> None:
+    """Writes a run's newest checkpoint as a Hugging Face folder.
+
+    Args:
+      workdir: the run's folder.
+      output: a folder that does not exist yet, or is empty.
+
+    Raises:
+      UserError: no run, no checkpoint, or an output folder that holds something.
+    """
+    workdir = Path(workdir)
+    config = read_config(workdir / CONFIG_FILE)
+    model = huggingface.read_model(str(workdir / "model"))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    shapes, axes = param_shapes(model.config), param_axes(model.config)
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        tree_shardings(axes, shapes, mesh),
+    )
+    params, step = load_run_params(workdir, like)
+    card = model_card(model, config, step, read_results(workdir))
+    huggingface.save_model(output, model, params, card)
+    logger.info("%s, step %d: exported to %s", workdir, step, output)

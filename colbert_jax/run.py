@@ -1,0 +1,298 @@
+"""A run, read top to bottom: one phase from its config to an exported model."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from colbert_jax.checkpoint import Checkpoints, read_config
+from colbert_jax.colbert import Params, make_embed, micro_batched, param_shapes
+from colbert_jax.data.corpora import Corpus, open_corpus
+from colbert_jax.data.encode import make_encode
+from colbert_jax.data.pipeline import batches_per_epoch, make_batches
+from colbert_jax.errors import UserError
+from colbert_jax.export import export_run
+from colbert_jax.huggingface import Model
+from colbert_jax.metric_log import MetricLog, draw_curves
+from colbert_jax.optimizer import build_optimizer
+from colbert_jax.results import Results, average, read_results, results_table, write_json
+from colbert_jax.retrieval.collection import Collection, read_beir
+from colbert_jax.retrieval.evaluator import evaluate_bm25, make_evaluator
+from colbert_jax.sharding import join_hosts, make_mesh
+from colbert_jax.start import CONFIG_FILE, is_run, open_model, start_state
+from colbert_jax.train import (
+    abstract_state,
+    make_loss_fn,
+    make_train_step,
+    restore_state,
+    train,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: ConfigDict, workdir: str | Path) -> Results:
+    """Trains, evaluates and exports one phase; goes on where an earlier run in `workdir` stopped.
+
+    Args:
+      config: what a file in `configs/` makes.
+      workdir: the run's folder.
+
+    Returns:
+      The content of `<workdir>/results.json`.
+
+    Raises:
+      UserError: anything in config, data or folders that the user has to mend.
+    """
+    join_hosts()
+    plain = json.loads(config.to_json())
+    check_settings(plain)
+    mesh = make_mesh(**plain["mesh"])
+    workdir = open_workdir(workdir)
+
+    # Text, and how it becomes tokens.
+    corpus = open_corpus(plain["input"])
+    check_rows(corpus, plain["loss"]["kind"])
+    checkpoints = Checkpoints(workdir, **plain["checkpoint"])
+    resumed = checkpoints.latest_step()
+    if resumed is None:
+        write_json(workdir / CONFIG_FILE, plain)
+    else:
+        check_resume(workdir, plain)
+    model = open_model(plain, workdir, corpus, fresh=resumed is None)
+    batches = make_batches(
+        corpus.sources,
+        encode=make_encode(model.tokenizer),
+        batch_size=config.input.batch_size,
+        max_documents=config.input.max_documents,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.input.threads,
+    )
+    iterator = iter(batches)
+
+    # The model, the loss, the step.
+    embed = make_embed(model.config, config.model.dtype)
+    optimizer, schedule = build_optimizer(
+        plain["optimizer"], total_steps=config.total_steps, batch_size=config.input.batch_size
+    )
+    loss_fn = make_loss_fn(plain["loss"], micro_batched(embed, config.model.micro_batch))
+    train_step = make_train_step(loss_fn, optimizer, schedule)
+    like = abstract_state(model.config, optimizer, mesh, config.loss.learn_temperature)
+    with jax.set_mesh(mesh):
+        if resumed is None:
+            state = start_state(plain, model, optimizer, like)
+        else:
+            state, input_state = restore_state(checkpoints, like)
+            iterator.set_state(input_state)
+            write_json(workdir / CONFIG_FILE, plain)  # only now is it sure to fit the checkpoint
+        describe(config, model, corpus, mesh.size, workdir, resumed)
+
+        # How well it ranks, before, during and after.
+        log = MetricLog(workdir, resume_step=resumed)
+        collections = open_collections(plain["evals"]["collections"], corpus)
+        evaluators = {c.name: make_evaluator(c, embed, model.tokenizer) for c in collections}
+        results = read_results(workdir) if resumed is not None else {}
+        if int(state.step) < config.total_steps and results.pop("trained", None):
+            write_json(workdir / "results.json", results)  # an earlier total_steps' is no result
+
+        def measure(step: int, params: Params) -> dict[str, float]:
+            values = {name: evaluator(params) for name, evaluator in evaluators.items()}
+            log.write(step, {f"eval/{n}/{m}": v for n, ms in values.items() for m, v in ms.items()})
+            return average(list(values.values()))
+
+        if collections and config.evals.baselines and resumed is None:
+            logger.info("measuring BM25 and the untrained model")
+            results["bm25"] = average([evaluate_bm25(c) for c in collections])
+            results["untrained"] = measure(0, state.params["model"])
+            write_json(workdir / "results.json", results)
+
+        def evaluate(step: int, params: Params) -> None:
+            every = config.evals.every_steps
+            if evaluators and every and step % every == 0 and step < config.total_steps:
+                measure(step, params["model"])
+
+        try:
+            state = train(
+                state,
+                train_step,
+                iterator,
+                mesh=mesh,
+                total_steps=config.total_steps,
+                batch_size=config.input.batch_size,
+                log_every_steps=config.log_every_steps,
+                log=log,
+                checkpoints=checkpoints,
+                config=plain,
+                evaluate=evaluate,
+            )
+            if evaluators and "trained" not in results:
+                logger.info("measuring the trained model")
+                results["trained"] = measure(int(state.step), state.params["model"])
+                write_json(workdir / "results.json", results)
+        finally:
+            iterator.close()
+            checkpoints.close()
+            log.close()
+    if jax.process_index() == 0:
+        draw_curves(workdir)
+        finish(config, int(state.step), workdir, results)
+    return results
+
+
+def open_workdir(workdir: str | Path) -> Path:
+    """Makes the run's folder, or opens an earlier run's.
+
+    Raises:
+      UserError: the folder holds something that is no run.
+    """
+    workdir = Path(workdir)
+    foreign = workdir.is_dir() and any(workdir.iterdir()) and not is_run(workdir)
+    # Only the first host looks: to a later one, what the first has just begun looks foreign.
+    if workdir.is_file() or (foreign and jax.process_index() == 0):
+        raise UserError(f"{workdir} holds something that is no run: choose another --workdir.")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{workdir} cannot be made ({error.strerror}): choose another --workdir."
+        ) from error
+    return workdir
+
+
+def check_settings(config: dict[str, Any]) -> None:
+    """Raises `UserError` where a value is none of those to choose from."""
+    choices = (
+        ("loss", "kind", ("contrastive", "distillation")),
+        ("model", "dtype", ("float32", "bfloat16")),
+    )
+    for section, key, known in choices:
+        if config[section][key] not in known:
+            raise UserError(
+                f"config.{section}.{key} is {config[section][key]!r}: choose one of "
+                f"{', '.join(known)}."
+            )
+
+
+def check_resume(workdir: Path, config: dict[str, Any]) -> None:
+    """Compares a config with the one that the run was started with.
+
+    What decides the weights' shapes or which rows come when must be the same; how fast they are
+    read and computed may change, and so may all else, which is logged.
+
+    Raises:
+      UserError: naming the first value that must not change.
+    """
+    started = _leaves(read_config(workdir / CONFIG_FILE))
+    free = {"input.cache_dir", "input.threads", "model.dtype", "model.micro_batch"}
+    for key, value in _leaves(config).items():
+        was = started.get(key)
+        if value == was:
+            continue
+        if key.startswith(("input.", "model.", "seed", "loss.kind")) and key not in free:
+            raise UserError(
+                f"{workdir} was started with config.{key}={was!r}, not {value!r}: use the config "
+                "that the run was started with, or another --workdir."
+            )
+        logger.info("config.%s was %r, is now %r", key, was, value)
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested config by their dotted names."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        leaves |= _leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return leaves
+
+
+def check_rows(corpus: Corpus, kind: str) -> None:
+    """Raises `UserError` where a source's rows are not what the loss needs."""
+    for name, source in corpus.sources.items():
+        if kind == "distillation" and not source.has_scores:
+            raise UserError(
+                f"Source {name} has no teacher's scores, which config.loss.kind='distillation' "
+                "needs: give rows with query, documents and scores."
+            )
+        if kind == "contrastive" and source.has_scores:
+            raise UserError(
+                f"Source {name} has candidates with scores, not positives: train on it with "
+                "configs/distill.py."
+            )
+
+
+def open_collections(names: list[str], corpus: Corpus) -> list[Collection]:
+    """The evaluation collections: the corpus's own held-out part, or BEIR folders."""
+    collections = []
+    for name in names:
+        if name == "held_out":
+            if corpus.held_out is None:
+                raise UserError(
+                    "config.evals.collections names 'held_out', but only the docstring corpus "
+                    "keeps a part out: name BEIR folders instead."
+                )
+            collections.append(Collection(name, *corpus.held_out))
+        else:
+            collections.append(read_beir(name))
+    for collection in collections:
+        if sum(other.name == collection.name for other in collections) > 1:
+            raise UserError(
+                f"Two collections of config.evals.collections are called {collection.name!r}, and "
+                "their results with them: rename one of the folders."
+            )
+        if not collection.queries:
+            raise UserError(
+                f"The collection {collection.name!r} has no query: give the corpus more text, or "
+                "leave it out of config.evals.collections."
+            )
+    return collections
+
+
+def describe(
+    config: ConfigDict,
+    model: Model,
+    corpus: Corpus,
+    devices: int,
+    workdir: Path,
+    resumed: int | None,
+) -> None:
+    """Logs what is about to run."""
+    parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(param_shapes(model.config)))
+    rows = sum(len(source) for source in corpus.sources.values())
+    batch_size = config.input.batch_size
+    epoch = batches_per_epoch(corpus.sources, batch_size)
+    logger.info(
+        "%s: %s parameters on %d %s device(s); %s rows in %d source(s), %d batches of %d an epoch; "
+        "%s of %d steps",
+        workdir,
+        f"{parameters:,}",
+        devices,
+        jax.default_backend(),
+        f"{rows:,}",
+        len(corpus.sources),
+        epoch,
+        batch_size,
+        "the first" if resumed is None else f"going on after {resumed}",
+        config.total_steps,
+    )
+
+
+def finish(config: ConfigDict, step: int, workdir: Path, results: Results) -> None:
+    """Exports, and prints the results and what to try next."""
+    output = workdir / f"export-{step}"
+    if config.export and jax.process_count() > 1:
+        print(f"Export it on one host: python launch/export.py --workdir={workdir} --output=...")
+    elif config.export and not output.exists():
+        export_run(workdir, output)
+    if results:
+        print("\n" + results_table(results))
+    print(f"\nMetrics: {workdir / 'metrics.jsonl'}, curves: {workdir / 'curves.png'}")
+    if output.exists():
+        print(f"Exported for PyLate and Transformers: {output}")
+    if config.next_command:
+        print(f"Next: {config.next_command}")

@@ -1,0 +1,293 @@
+"""Training: the state, the step, the loop. Phases differ by config, data and loss only."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+from tqdm import tqdm
+
+from colbert_jax.checkpoint import Checkpoints
+from colbert_jax.colbert import ColbertConfig, Embed, Params, param_axes, param_shapes
+from colbert_jax.losses import contrastive_loss, distillation_loss
+from colbert_jax.maxsim import maxsim_candidates, maxsim_global
+from colbert_jax.metric_log import MetricLog
+from colbert_jax.sharding import global_batch, replicated, tree_shardings
+
+Batch = dict[str, Any]  # {"query": tokens, "document": tokens, "scores": teacher's, if any}
+Metrics = dict[str, Float[Array, ""]]
+LossFn = Callable[[Params, Batch], tuple[Float[Array, ""], Metrics]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """All that a step changes.
+
+    Attributes:
+      step: number of updates made, int32.
+      params: `{"model": ..., "loss": ...}`, float32; "loss" holds the log temperature where it is
+        learned and is empty otherwise.
+      opt_state: the optimiser's, float32.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: optax.OptState
+
+
+def make_loss_fn(config: Mapping[str, Any], embed: Embed) -> LossFn:
+    """Makes the function from parameters and a batch of tokens to the loss.
+
+    Args:
+      config: `config.loss`: `kind` ("contrastive" or "distillation"), `temperature`,
+        `normalize_scores`, and `masked_similarity` as in `maxsim` (None, or 0.0 for PyLate's).
+      embed: tokens to token embeddings.
+
+    Returns:
+      `loss_fn(params, batch) -> (loss, metrics)`. `batch["query"]` holds arrays `[B, S]`,
+      `batch["document"]` arrays `[B, K, T]`: K documents a query, its own first, then its mined
+      negatives; or its K candidates, with the teacher's `batch["scores"][B, K]`.
+    """
+    masked = config["masked_similarity"]
+
+    def loss_fn(params: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+        query, document = batch["query"], batch["document"]
+        count, per_query, length = document["input_ids"].shape
+        queries = embed(params["model"], query["input_ids"], query["attention_mask"])
+        flat = jax.tree.map(lambda x: x.reshape(count * per_query, length), document)
+        documents = embed(params["model"], flat["input_ids"], flat["attention_mask"])
+        if config["kind"] == "contrastive":
+            scores = maxsim_global(
+                queries, documents, query["scoring_mask"], flat["scoring_mask"], masked
+            )
+            positives = jnp.arange(count) * per_query
+            temperature = config["temperature"]
+            if "log_temperature" in params["loss"]:
+                temperature = jnp.exp(params["loss"]["log_temperature"])
+            loss, accuracy = contrastive_loss(scores, positives, temperature)
+        else:
+            candidates = documents.reshape(count, per_query, length, -1)
+            scores = maxsim_candidates(
+                queries, candidates, query["scoring_mask"], document["scoring_mask"], masked
+            )
+            loss, accuracy = distillation_loss(scores, batch["scores"], config["normalize_scores"])
+        real = query["attention_mask"].sum() + document["attention_mask"].sum()
+        return loss, {"loss": loss, "accuracy": accuracy, "tokens": real.astype(jnp.float32)}
+
+    return loss_fn
+
+
+def make_train_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Makes the compiled `train_step(state, batch) -> (state, metrics)`; the state is donated."""
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        if "log_temperature" in state.params["loss"]:
+            metrics["temperature"] = jnp.exp(state.params["loss"]["log_temperature"])
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def abstract_state(
+    config: ColbertConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    learn_temperature: bool = False,
+) -> TrainState:
+    """Shapes and shardings of a state; nothing is allocated.
+
+    The optimiser's moments are laid out as the parameters they belong to.
+    """
+    loss_shapes: Params = {}
+    loss_axes: Params = {}
+    if learn_temperature:
+        loss_shapes = {"log_temperature": jax.ShapeDtypeStruct((), jnp.float32)}
+        loss_axes = {"log_temperature": ()}
+    shapes = {"model": param_shapes(config), "loss": loss_shapes}
+    axes = {"model": param_axes(config), "loss": loss_axes}
+    shardings = tree_shardings(axes, shapes, mesh)
+    opt_shapes = jax.eval_shape(optimizer.init, shapes)
+    opt_shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        opt_shapes,
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+
+    def with_sharding(shape: jax.ShapeDtypeStruct, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    return TrainState(
+        step=with_sharding(jax.ShapeDtypeStruct((), jnp.int32), replicated(mesh)),
+        params=jax.tree.map(with_sharding, shapes, shardings),
+        opt_state=jax.tree.map(with_sharding, opt_shapes, opt_shardings),
+    )
+
+
+def init_state(
+    make_params: Callable[[], Params], optimizer: optax.GradientTransformation, like: TrainState
+) -> TrainState:
+    """A state at step 0, born with the shardings of `like`.
+
+    Args:
+      make_params: returns the whole `params` tree; traced, so that no device holds it unsplit.
+      optimizer: initialises its state from the parameters.
+      like: the abstract state.
+    """
+
+    def make() -> TrainState:
+        params = make_params()
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, like))()
+
+
+def place_state(
+    params: Params, optimizer: optax.GradientTransformation, like: TrainState
+) -> TrainState:
+    """A state at step 0 from parameters on the host, each host placing its own shards.
+
+    Parameters that are placed as wanted already are taken over.
+    """
+
+    def place(x: Any, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding == abstract.sharding:
+            return x
+        host = np.asarray(x)
+        return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda i: host[i])
+
+    placed = jax.tree.map(place, params, like.params)
+    shardings = jax.tree.map(lambda x: x.sharding, like.opt_state)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(placed)
+    step = jax.device_put(jnp.zeros((), jnp.int32), like.step.sharding)
+    return TrainState(step, placed, opt_state)
+
+
+def restore_state(checkpoints: Checkpoints, like: TrainState) -> tuple[TrainState, dict]:
+    """The newest checkpoint's state, in the layout of `like`, and the input's position."""
+    optimizer = {"step": like.step, "state": like.opt_state}
+    params, restored, input_state = checkpoints.restore(params=like.params, optimizer=optimizer)
+    return TrainState(restored["step"], params, restored["state"]), input_state
+
+
+def save_state(
+    checkpoints: Checkpoints, state: TrainState, input_state: dict, config: dict
+) -> None:
+    """Starts saving a state with the input's position and the run's config."""
+    checkpoints.save(
+        int(state.step),
+        params=state.params,
+        optimizer={"step": state.step, "state": state.opt_state},
+        input_state=input_state,
+        config=config,
+    )
+
+
+class BatchIterator(Protocol):
+    """What the loop needs of its input."""
+
+    def __next__(self) -> Batch:
+        """This host's slice of the next global batch, as numpy."""
+        ...
+
+    def get_state(self) -> dict:
+        """The position as a small JSON object."""
+        ...
+
+
+def train(
+    state: TrainState,
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    batches: BatchIterator,
+    *,
+    mesh: Mesh,
+    total_steps: int,
+    batch_size: int,
+    log_every_steps: int,
+    log: MetricLog,
+    checkpoints: Checkpoints,
+    config: dict,
+    evaluate: Callable[[int, Params], None],
+) -> TrainState:
+    """Runs the loop up to `total_steps` and saves the last step.
+
+    Args:
+      state: where to start; its step says how far an earlier run came.
+      train_step: the compiled step.
+      batches: the input, at the state's position.
+      mesh: the mesh of the run.
+      total_steps: updates to have made in the end.
+      batch_size: pairs of a global batch.
+      log_every_steps: metrics are fetched, logged and shown at multiples of it; 0 leaves only the
+        last step's.
+      log: takes the metrics.
+      checkpoints: takes the states.
+      config: the run's config, saved with each state.
+      evaluate: called as `evaluate(step, params)` after every step; decides itself what is due.
+
+    Returns:
+      The last state.
+    """
+    first = int(state.step)
+    bar = tqdm(
+        total=total_steps,
+        initial=first,
+        unit="step",
+        desc="train",
+        disable=jax.process_index() > 0,
+        dynamic_ncols=True,
+    )
+    waited, since, last_logged = 0.0, time.perf_counter(), first
+    with bar:
+        for step in range(first + 1, total_steps + 1):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            state, metrics = train_step(state, global_batch(batch, mesh))
+            if step == total_steps or (log_every_steps and step % log_every_steps == 0):
+                values = {f"train/{k}": float(v) for k, v in jax.device_get(metrics).items()}
+                steps, now = step - last_logged, time.perf_counter()
+                seconds = (now - since) / steps
+                values |= {
+                    "train/pairs_per_second": batch_size / seconds,
+                    "train/tokens_per_second": values.pop("train/tokens") / seconds,
+                    "time/step": seconds,
+                    "time/data_wait": waited / steps,
+                }
+                log.write(step, values)
+                bar.update(steps)
+                bar.set_postfix_str(progress_text(values))
+                waited, since, last_logged = 0.0, time.perf_counter(), step
+            # Evaluate, then save, then take the next batch: a restored run stands exactly here.
+            paused = time.perf_counter()
+            evaluate(step, state.params)
+            if checkpoints.due(step) or step == total_steps:
+                save_state(checkpoints, state, batches.get_state(), config)
+            since += time.perf_counter() - paused
+    checkpoints.wait()
+    return state
+
+
+def progress_text(values: Mapping[str, float]) -> str:
+    """The right end of the progress bar; the time left is the bar's own."""
+    return (
+        f"loss {values['train/loss']:.3f}, accuracy {values['train/accuracy']:.1%}, "
+        f"{values['train/pairs_per_second']:,.0f} pairs/s"
+    )

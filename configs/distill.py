@@ -1,0 +1,75 @@
+"""Phase 3 of ColBERT-Zero (arXiv 2602.16609): distillation from a cross-encoder's scores.
+
+    python launch/train.py --config=configs/distill.py --config.init_from=runs/supervised \
+        --workdir=runs/distill
+
+MS MARCO with 32 scored candidates a query; 8 GH200-hours in the paper. On your own data:
+--config.input.files="('scored.jsonl',)" --config.total_steps=N, one
+{"query": ..., "documents": [...], "scores": [...]} a line.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    """The config of phase 3."""
+    config = ConfigDict()
+    config.seed = 0
+    config.total_steps = 5_000  # one epoch of 640,000 queries
+    config.init_from = "runs/supervised"  # a run's folder, a Hugging Face folder or a hub name
+    config.init_revision = ""  # of a hub name; "" is the newest
+    config.log_every_steps = 10
+    config.export = True  # when the last step is done, to <workdir>/export-<step>
+    config.next_command = ""  # printed at the end
+
+    # Devices along each axis; their product is the number of devices, -1 is all that are left.
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+
+    config.input = ConfigDict()
+    config.input.corpus = "lightonai/ms-marco-en-bge-gemma"
+    config.input.sources = ()
+    config.input.files = ()  # local JSON Lines or Parquet files, each a source, go before corpus
+    config.input.revision = ""  # of the hub's data set; "" is the newest
+    config.input.joined_tables = True  # texts and scores lie in tables of their own, joined by id
+    config.input.batch_size = 128  # queries a step, over all devices
+    config.input.max_documents = (
+        32  # candidates of a query: the first 32, with their scores as stored
+    )
+    config.input.cache_dir = "~/.cache/colbert_jax"  # rows read once are kept here
+    config.input.threads = 8  # that read and tokenize ahead, on each host
+
+    config.model = ConfigDict()
+    config.model.dtype = "bfloat16"  # of the arithmetic; parameters stay float32
+    config.model.micro_batch = (
+        128  # texts each device encodes at a time, to fit in its memory; 0: all
+    )
+    config.model.embedding_size = 128  # of the projection that a base encoder gets
+    config.model.query_length = 32 + 7  # tokens; the prompt takes the 7
+    config.model.document_length = 512 + 7  # tokens
+    config.model.query_prompt = "search_query: "
+    config.model.document_prompt = "search_document: "
+    config.model.do_query_expansion = True
+    config.model.attend_to_expansion_tokens = False
+
+    config.loss = ConfigDict()
+    config.loss.kind = "distillation"
+    config.loss.temperature = 1.0  # not used by this loss
+    config.loss.learn_temperature = False
+    config.loss.normalize_scores = True  # min-max of the student's scores, in distillation
+    config.loss.masked_similarity = placeholder(float)  # unset: never win; 0.0: as in PyLate
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 4e-6  # peak; linear to 0 at total_steps
+    config.optimizer.warmup_steps = 0
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 1.0
+    config.optimizer.gradient_of = "mean"  # clip that of the loss itself
+
+    config.checkpoint = ConfigDict({"every_steps": 400, "max_to_keep": 3})
+    # BEIR folders to evaluate on while training.
+    config.evals = ConfigDict({"collections": (), "every_steps": 400, "baselines": False})
+    return config

@@ -1,0 +1,107 @@
+"""Phase 1 of ColBERT-Zero (arXiv 2602.16609): unsupervised contrastive pre-training.
+
+    python launch/train.py --config=configs/pretrain.py --workdir=runs/pretrain
+
+From ModernBERT-base, on the 29 sources of nomic's unsupervised pairs; 368 GH200-hours in the paper.
+On your own pairs: --config.input.files="('pairs.jsonl.gz',)" --config.total_steps=N, one
+{"query": ..., "document": ...} a line.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+# Splits of the data set; each global batch is drawn from one of them.
+SOURCES = (
+    "reddit_title_body",
+    "amazon_reviews",
+    "paq",
+    "s2orc_citation_titles",
+    "s2orc_title_abstract",
+    "s2orc_abstract_citation",
+    "s2orc_abstract_body",
+    "wikianswers",
+    "wikipedia",
+    "gooaq",
+    "codesearch",
+    "yahoo_title_answer",
+    "agnews",
+    "amazonqa",
+    "yahoo_qa",
+    "yahoo_title_question",
+    "ccnews",
+    "npr",
+    "eli5",
+    "cnn",
+    "stackexchange_duplicate_questions",
+    "stackexchange_title_body",
+    "stackexchange_body_body",
+    "sentence_compression",
+    "wikihow",
+    "altlex",
+    "quora",
+    "simplewiki",
+    "squad",
+)
+
+
+def get_config() -> ConfigDict:
+    """The config of phase 1."""
+    config = ConfigDict()
+    config.seed = 0
+    config.total_steps = 14_587  # one epoch of 238,998,494 pairs
+    config.init_from = "answerdotai/ModernBERT-base"
+    config.init_revision = ""  # of a hub name; "" is the newest
+    config.log_every_steps = 10
+    config.export = True  # when the last step is done, to <workdir>/export-<step>
+    config.next_command = ""  # printed at the end
+
+    # Devices along each axis; their product is the number of devices, -1 is all that are left.
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+
+    config.input = ConfigDict()
+    config.input.corpus = "nomic-ai/nomic-embed-unsupervised-data"
+    config.input.sources = SOURCES
+    config.input.files = ()  # local JSON Lines or Parquet files, each a source, go before corpus
+    config.input.revision = ""  # of the hub's data set; "" is the newest
+    config.input.joined_tables = False
+    config.input.batch_size = 16_384  # queries a step, over all devices
+    config.input.max_documents = 1  # the positive; negatives are the other queries' documents
+    config.input.cache_dir = "~/.cache/colbert_jax"  # rows read once are kept here
+    config.input.threads = 8  # that read and tokenize ahead, on each host
+
+    config.model = ConfigDict()
+    config.model.dtype = "bfloat16"  # of the arithmetic; parameters stay float32
+    config.model.micro_batch = (
+        256  # texts each device encodes at a time, to fit in its memory; 0: all
+    )
+    config.model.embedding_size = 128  # of the projection that a base encoder gets
+    config.model.query_length = 32 + 7  # tokens; the prompt takes the 7
+    config.model.document_length = 180 + 7  # tokens
+    config.model.query_prompt = "search_query: "
+    config.model.document_prompt = "search_document: "
+    config.model.do_query_expansion = True
+    config.model.attend_to_expansion_tokens = False
+
+    config.loss = ConfigDict()
+    config.loss.kind = "contrastive"
+    config.loss.temperature = 0.02
+    config.loss.learn_temperature = False
+    config.loss.normalize_scores = True  # min-max of the student's scores, in distillation
+    config.loss.masked_similarity = placeholder(float)  # unset: never win; 0.0: as in PyLate
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 3e-4  # peak; linear to 0 at total_steps
+    config.optimizer.warmup_steps = 0
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 1.0
+    config.optimizer.gradient_of = "sum"
+    # The original clips the gradient of the summed loss, so that nearly every step has norm 1, and
+    # its learning rate was swept that way; "mean" clips the gradient of the loss itself.
+
+    config.checkpoint = ConfigDict({"every_steps": 500, "max_to_keep": 3})
+    # BEIR folders to evaluate on while training.
+    config.evals = ConfigDict({"collections": (), "every_steps": 500, "baselines": False})
+    return config

@@ -1,0 +1,29 @@
+"""Trains a ColBERT: one phase, as its config says.
+
+    python launch/train.py --config=configs/quickstart.py [--workdir=DIR] [--config.KEY=VALUE ...]
+
+The same command goes on where an interrupted run in the same --workdir stopped.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from colbert_jax import cli
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "File with a get_config().")
+WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; ./runs/<config> by default.")
+
+
+def main() -> None:
+    """Runs the phase."""
+    # Here, because worker processes that parse text import this file too and need no JAX.
+    from colbert_jax.run import run
+
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
+    run(CONFIG.value, WORKDIR.value or f"runs/{name}")
+
+
+if __name__ == "__main__":
+    cli.run_program(main, required=["config"])
