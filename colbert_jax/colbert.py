@@ -9,8 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from colbert_jax.modernbert import ModernBert, ModernBertConfig, init_weight, project
-from colbert_jax.sharding import batch_shards
+from colbert_jax.modernbert import (
+    ModernBert,
+    ModernBertConfig,
+    init_weight,
+    project,
+    stack_layers,
+)
 
 Params = dict[Any, Any]  # nested dict of arrays, named as the modules are; lists by number
 Embed = Callable[[Params, Int[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T D"]]
@@ -92,8 +97,8 @@ def normalize(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
 class Colbert(nnx.Module):
     """Token ids to token embeddings; queries and documents go the same way."""
 
-    def __init__(self, config: ColbertConfig, *, rngs: nnx.Rngs):
-        self.encoder = ModernBert(config.encoder, rngs=rngs)
+    def __init__(self, config: ColbertConfig, scan_layers: bool = False, *, rngs: nnx.Rngs):
+        self.encoder = ModernBert(config.encoder, scan_layers, rngs=rngs)
         self.projection = nnx.List([Dense(dense, rngs=rngs) for dense in config.projection])
 
     def __call__(
@@ -125,8 +130,8 @@ def init_params(config: ColbertConfig, seed: int | jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
-def _split(config: ColbertConfig) -> tuple[Any, Any]:
-    return nnx.split(nnx.eval_shape(lambda: Colbert(config, rngs=nnx.Rngs(0))))
+def _split(config: ColbertConfig, scan_layers: bool = False) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: Colbert(config, scan_layers, rngs=nnx.Rngs(0))))
 
 
 def param_axes(config: ColbertConfig) -> Params:
@@ -143,13 +148,26 @@ def param_shapes(config: ColbertConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, 0))
 
 
-def make_embed(config: ColbertConfig, dtype: jnp.dtype | str = jnp.float32) -> Embed:
+def scanned_params(config: ColbertConfig, params: Params) -> Params:
+    """Parameters as a `make_embed(..., scan_layers=True)` takes them."""
+    return params | {"encoder": stack_layers(config.encoder, params["encoder"])}
+
+
+def make_embed(
+    config: ColbertConfig, dtype: jnp.dtype | str = jnp.float32, scan_layers: bool = False
+) -> Embed:
     """Makes the pure function `embed(params, input_ids, attention_mask) -> token_embeddings`.
 
     The module tree is split here, once; what is jitted sees only pytrees, so that a step costs
     no Python time for module bookkeeping.
+
+    Args:
+      config: the model's.
+      dtype: of the arithmetic; the embeddings are float32.
+      scan_layers: whether layers are repeated by a loop, compiled once, and not one by one. The
+        function then takes `scanned_params`.
     """
-    graphdef, _ = _split(config)
+    graphdef, _ = _split(config, scan_layers)
     dtype = jnp.dtype(dtype)
 
     def embed(
@@ -158,42 +176,3 @@ def make_embed(config: ColbertConfig, dtype: jnp.dtype | str = jnp.float32) -> E
         return nnx.merge(graphdef, params)(input_ids, attention_mask, dtype)
 
     return embed
-
-
-def micro_batched(embed: Embed, size: int) -> Embed:
-    """Embeds a batch a few texts at a time, and again in the backward pass.
-
-    This is GradCache (arXiv 2101.06983) inside one compiled program: the embeddings of the whole
-    batch are kept, the encoder's activations only of one micro-batch, and the gradient is that of
-    the whole batch.
-
-    Args:
-      embed: the function to wrap.
-      size: texts that each device embeds at a time; 0 embeds all at once and keeps everything.
-
-    Returns:
-      A function like `embed`. A batch is cut into the fewest equal parts that fit.
-    """
-    if not size:
-        return embed
-
-    def embed_parts(
-        params: Params, input_ids: Int[Array, "B T"], attention_mask: Bool[Array, "B T"]
-    ) -> Float[Array, "B T D"]:
-        batch, shards = len(input_ids), batch_shards()
-        even = shards if batch % shards == 0 else 1
-        parts = next(
-            n
-            for n in range(1, batch + 1)
-            if batch % (n * even) == 0 and (batch // n <= size * shards or batch == n * even)
-        )
-        # Every parts-th text to one part: a part then has its share on every device already,
-        # where cutting the batch into runs would have to move texts between devices.
-        ids, mask = (
-            x.reshape(batch // parts, parts, -1).swapaxes(0, 1) for x in (input_ids, attention_mask)
-        )
-        remembering_nothing = jax.checkpoint(embed)
-        embedded = jax.lax.map(lambda part: remembering_nothing(params, *part), (ids, mask))
-        return embedded.swapaxes(0, 1).reshape(batch, *embedded.shape[2:])
-
-    return embed_parts

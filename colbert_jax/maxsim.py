@@ -7,18 +7,22 @@ T document tokens, D embedding size.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from colbert_jax.sharding import AXIS_RULES, batch_shards
+from colbert_jax.sharding import platform
 
 # Similarities held at a time. On CPU 4 MB of float32, which stay in the cache: forward and backward
 # of 64 pairs took 70 ms, against 110 ms with 64 MB and 253 ms for all at once. A matrix unit wants
 # larger products.
-BLOCK_SIMILARITIES = {"cpu": 2**20, "gpu": 2**26, "tpu": 2**26}
+TILE_SIMILARITIES = {"cpu": 2**20, "gpu": 2**26, "tpu": 2**26}
+
+# Which document token won is kept for the backward pass up to this many bytes, one or two for each
+# query token and document; beyond, the backward pass finds the winners again.
+KEPT_WINNERS = 2**30
 
 
 def maxsim(
@@ -85,85 +89,136 @@ def maxsim_candidates(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def maxsim_all_pairs(
     query_embeddings: Float[Array, "Q S D"],
     document_embeddings: Float[Array, "N T D"],
     query_mask: Bool[Array, "Q S"],
     document_mask: Bool[Array, "N T"],
     masked_similarity: float | None = None,
+    keep_winners: bool | None = None,
 ) -> Float[Array, "Q N"]:
-    """`scores[query, document]` of every pair, a block of documents at a time.
+    """`scores[query, document]` of every pair, a tile of queries and documents at a time.
 
     Arguments, result and gradient are those of `maxsim_all_pairs_reference`, except that where
     several document tokens tie for a query token the first of them takes the whole gradient.
-    Memory grows with Q x N x S, one small integer each: which document token won.
+
+    Args:
+      query_embeddings: `query_embeddings[query, query_token, dim]`.
+      document_embeddings: `document_embeddings[document, document_token, dim]`.
+      query_mask: as in `maxsim`, for every query.
+      document_mask: as in `maxsim`, for every document.
+      masked_similarity: as in `maxsim`.
+      keep_winners: whether the backward pass is handed the token that won for each query token and
+        document (Q x S x N small integers) or finds it again, for a quarter more arithmetic. None
+        keeps up to `KEPT_WINNERS` bytes.
+
+    Returns:
+      `scores[query, document]`, float32.
     """
-    return _forward(
-        query_embeddings, document_embeddings, query_mask, document_mask, masked_similarity
-    )[0]
+    inputs = (query_embeddings, document_embeddings, query_mask, document_mask)
+    return _forward(*inputs, masked_similarity, keep_winners)[0]
 
 
-def _forward(query_embeddings, document_embeddings, query_mask, document_mask, masked_similarity):
-    """Scores, and what the backward pass needs: inputs and the winners."""
-    count, length, _ = document_embeddings.shape
-    blocks = _blocks(query_embeddings, document_embeddings)
+def _forward(queries, documents, query_mask, document_mask, masked_similarity, keep_winners):
+    """Scores, and what the backward pass needs: inputs and perhaps the winners."""
+    (count, tokens, _), (total, length, _) = queries.shape, documents.shape
+    if keep_winners is None:
+        keep_winners = count * tokens * total * _narrow(length).dtype.itemsize <= KEPT_WINNERS
+    per_tile = _tile(queries.shape, documents.shape)
+    document_tiles = tuple(_cut(x, per_tile[1]) for x in (documents, document_mask))
+
+    def score_queries(query_tile):
+        queries, query_mask = query_tile
+
+        def score_tile(document_tile):
+            documents, document_mask = document_tile
+            scores, winner = _score(
+                queries, documents, query_mask, document_mask, masked_similarity
+            )
+            return scores, winner if keep_winners else None
+
+        scores, winners = jax.lax.map(score_tile, document_tiles)
+        return jnp.moveaxis(scores, 0, 1).reshape(len(queries), -1), winners
+
+    query_tiles = tuple(_cut(x, per_tile[0]) for x in (queries, query_mask))
+    scores, winners = jax.lax.map(score_queries, query_tiles)
+    scores = scores.reshape(-1, scores.shape[-1])[:count, :total]
+    return scores, (queries, documents, query_mask, document_mask, winners)
+
+
+def _backward(masked_similarity, keep_winners, residuals, cotangent):
+    """The gradient of the scores, in the dtypes of the embeddings."""
+    del keep_winners
+    queries, documents, _, _, _ = residuals
+    into_queries, into_documents = _gradients(residuals, cotangent, masked_similarity)
+    return into_queries.astype(queries.dtype), into_documents.astype(documents.dtype), None, None
+
+
+maxsim_all_pairs.defvjp(_forward, _backward)
+
+
+def _score(queries, documents, query_mask, document_mask, masked_similarity):
+    """One tile's `scores[q, n]`, and `winner[q, s, n]`: `_narrow(T)` stands for nobody."""
+    nobody = _narrow(documents.shape[1])
     fill = -jnp.inf if masked_similarity is None else masked_similarity
-    narrow = jnp.uint8 if length < 255 else jnp.uint16
-    nobody = jnp.iinfo(narrow).max  # stands for a winner that is masked: it gets no gradient
-
-    def score_block(block):
-        documents, mask = block
-        similarities = jnp.einsum(
-            "qsd,ntd->qsnt", query_embeddings, documents, preferred_element_type=jnp.float32
-        )
-        similarities = jnp.where(mask, similarities, fill)
-        winner = jnp.argmax(similarities, axis=-1)
-        best = similarities.max(axis=-1)
-        if masked_similarity is None:
-            best = jnp.where(mask.any(axis=-1), best, 0.0)
-        real = jnp.take_along_axis(mask[None, None], winner[..., None], axis=-1)[..., 0]
-        scores = jnp.where(query_mask[:, :, None], best, 0.0).sum(axis=1)
-        return scores, jnp.where(real, winner, nobody).astype(narrow)
-
-    scores, winners = jax.lax.map(
-        score_block, (_cut(document_embeddings, blocks), _cut(document_mask, blocks))
+    similarities = jnp.einsum(
+        "qsd,ntd->qsnt", queries, documents, preferred_element_type=jnp.float32
     )
-    scores = jnp.moveaxis(scores, 0, 1).reshape(len(query_embeddings), -1)[:, :count]
-    return scores, (query_embeddings, document_embeddings, query_mask, winners)
+    similarities = jnp.where(document_mask, similarities, fill)
+    winner = jnp.argmax(similarities, axis=-1)
+    best = similarities.max(axis=-1)
+    if masked_similarity is None:
+        best = jnp.where(document_mask.any(axis=-1), best, 0.0)
+    real = jnp.take_along_axis(document_mask[None, None], winner[..., None], axis=-1)[..., 0]
+    real &= query_mask[:, :, None]
+    scores = jnp.where(query_mask[:, :, None], best, 0.0).sum(axis=1)
+    return scores, jnp.where(real, winner, nobody).astype(nobody.dtype)
 
 
-def _backward(masked_similarity, residuals, cotangent):
-    """Each query token's gradient is a sum of winning document tokens, and the other way round."""
-    del masked_similarity
-    query_embeddings, document_embeddings, query_mask, winners = residuals
-    count = len(document_embeddings)
-    blocks = len(winners)
-    nobody = jnp.iinfo(winners.dtype).max
-    padded = jnp.pad(cotangent, ((0, 0), (0, -count % blocks)))
-    cotangents = jnp.moveaxis(padded.reshape(len(cotangent), blocks, -1), 1, 0)
+def _gradients(residuals, cotangent, masked_similarity):
+    """Each query token's gradient is a sum of winning document tokens, and the other way round.
 
-    def gradient_block(query_gradient, block):
-        documents, winner, grad = block
-        weight = jnp.where(query_mask[:, :, None] & (winner != nobody), grad[:, None, :], 0.0)
-        winner = jnp.where(winner == nobody, 0, winner).astype(jnp.int32)
-        # By the platform that is compiled for, which need not be the one that compiles.
-        into_queries, into_documents = jax.lax.platform_dependent(
-            query_embeddings, documents, winner, weight, cpu=_scatter, default=_one_hot
-        )
-        return query_gradient + into_queries, into_documents
+    Returns `into_queries[Q, S, D]` and `into_documents[N, T, D]`, float32.
+    """
+    queries, documents, query_mask, document_mask, winners = residuals
+    (count, tokens, dim), (total, length, _) = queries.shape, documents.shape
+    nobody = _narrow(length)
+    per_tile = _tile(queries.shape, documents.shape)
+    document_tiles = tuple(_cut(x, per_tile[1]) for x in (documents, document_mask))
+    cotangent = jnp.pad(cotangent, ((0, 0), (0, -total % per_tile[1])))
 
-    query_gradient, document_gradients = jax.lax.scan(
-        gradient_block,
-        jnp.zeros(query_embeddings.shape, jnp.float32),
-        (_cut(document_embeddings, blocks), winners, cotangents),
+    def add_queries(into_documents, query_tile):
+        queries, query_mask, cotangent, winners = query_tile
+        cotangents = cotangent.reshape(len(queries), -1, per_tile[1]).swapaxes(0, 1)
+
+        def add_tile(carry, document_tile):
+            into_queries, into_documents = carry
+            index, documents, document_mask, grad, winner = document_tile
+            if winner is None:
+                winner = _score(queries, documents, query_mask, document_mask, masked_similarity)[1]
+            weight = jnp.where(winner != nobody, grad[:, None, :], 0.0)
+            winner = jnp.where(winner == nobody, 0, winner).astype(jnp.int32)
+            # By the platform that is compiled for, which need not be the one that compiles.
+            to_queries, to_documents = jax.lax.platform_dependent(
+                queries, documents, winner, weight, cpu=_scatter, default=_one_hot
+            )
+            return (into_queries + to_queries, into_documents.at[index].add(to_documents)), None
+
+        start = (jnp.zeros(queries.shape, jnp.float32), into_documents)
+        index = jnp.arange(len(into_documents))
+        tiles = (index, *document_tiles, cotangents, winners)
+        (into_queries, into_documents), _ = jax.lax.scan(add_tile, start, tiles)
+        return into_documents, into_queries
+
+    into_documents = jnp.zeros(document_tiles[0].shape, jnp.float32)
+    query_tiles = tuple(_cut(x, per_tile[0]) for x in (queries, query_mask, cotangent))
+    into_documents, into_queries = jax.lax.scan(
+        add_queries, into_documents, (*query_tiles, winners)
     )
-    document_gradient = document_gradients.reshape(-1, *document_embeddings.shape[1:])[:count]
     return (
-        query_gradient.astype(query_embeddings.dtype),
-        document_gradient.astype(document_embeddings.dtype),
-        None,
-        None,
+        into_queries.reshape(-1, tokens, dim)[:count],
+        into_documents.reshape(-1, length, dim)[:total],
     )
 
 
@@ -200,51 +255,143 @@ def _one_hot(
     return into_queries, into_documents
 
 
-maxsim_all_pairs.defvjp(_forward, _backward)
-
-
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def maxsim_global(
     query_embeddings: Float[Array, "Q S D"],
     document_embeddings: Float[Array, "N T D"],
     query_mask: Bool[Array, "Q S"],
     document_mask: Bool[Array, "N T"],
     masked_similarity: float | None = None,
-) -> Float[Array, "Q N"]:
-    """`maxsim_all_pairs` of a batch that is split over the devices of the current mesh.
+    axes: tuple[str, ...] = (),
+    exchange: str = "gather",
+) -> Float[Array, "Q N_all"]:
+    """Scores of this device's queries against the documents of all devices, inside a `shard_map`.
 
-    Each device scores its own queries against all documents: one all-gather of the documents, and
-    in the backward pass one reduce-scatter of their gradient. Without a mesh, or where the mesh
-    does not divide the batch, it is `maxsim_all_pairs` itself.
+    Args:
+      query_embeddings: as in `maxsim_all_pairs`, this device's share.
+      document_embeddings: likewise.
+      query_mask: likewise.
+      document_mask: likewise.
+      masked_similarity: as in `maxsim`.
+      axes: the mesh axes that split the batch; none makes it `maxsim_all_pairs`.
+      exchange: how documents travel. "gather": one all-gather, and in the backward pass one
+        reduce-scatter of their gradient, in float32; every device holds all documents. "ring": each
+        device hands its neighbour the documents that it has just seen, while it scores the next
+        ones, and in the backward pass their gradient with them (as in Ring Attention, arXiv
+        2310.01889); a device holds the documents of two.
+
+    Returns:
+      `scores[query, document]`, float32, documents in the order of the devices.
     """
-    shards = batch_shards()
-    if shards == 1 or len(query_embeddings) % shards or len(document_embeddings) % shards:
-        return maxsim_all_pairs(
-            query_embeddings, document_embeddings, query_mask, document_mask, masked_similarity
+    return _global_forward(
+        query_embeddings,
+        document_embeddings,
+        query_mask,
+        document_mask,
+        masked_similarity,
+        axes,
+        exchange,
+    )[0]
+
+
+def _global_forward(
+    queries, documents, query_mask, document_mask, masked_similarity, axes, exchange
+):
+    if exchange == "ring" and axes:
+        scores = _ring_scores(
+            queries, documents, query_mask, document_mask, masked_similarity, axes
         )
-    axes = AXIS_RULES["batch"]
-    split = PartitionSpec(axes)
-
-    def score_own_queries(queries, documents, queries_mask, documents_mask):
-        documents, documents_mask = (
-            jax.lax.all_gather(x, axes, tiled=True) for x in (documents, documents_mask)
+        return scores, (queries, documents, query_mask, document_mask, None)
+    if axes:
+        documents, document_mask = (
+            jax.lax.all_gather(x, axes, tiled=True) for x in (documents, document_mask)
         )
-        return maxsim_all_pairs(queries, documents, queries_mask, documents_mask, masked_similarity)
-
-    return jax.shard_map(
-        score_own_queries, in_specs=(split,) * 4, out_specs=split, check_vma=False
-    )(query_embeddings, document_embeddings, query_mask, document_mask)
+    return _forward(queries, documents, query_mask, document_mask, masked_similarity, None)
 
 
-def _blocks(query_embeddings: Float[Array, "Q S D"], documents: Float[Array, "N T D"]) -> int:
-    """Number of blocks of documents, so that a block's similarities fit the limit."""
-    (queries, tokens, _), (count, length, _) = query_embeddings.shape, documents.shape
-    limit = BLOCK_SIMILARITIES.get(jax.default_backend(), 2**26)
-    each = max(1, limit // (queries * tokens * length))
-    return -(-count // min(each, count))
+def _global_backward(masked_similarity, axes, exchange, residuals, cotangent):
+    queries, documents, _, _, _ = residuals
+    if exchange == "ring" and axes:
+        into_queries, into_documents = _ring_gradients(
+            residuals, cotangent, masked_similarity, axes
+        )
+    else:
+        into_queries, into_documents = _gradients(residuals, cotangent, masked_similarity)
+        if axes:
+            into_documents = jax.lax.psum_scatter(into_documents, axes, tiled=True)
+    return into_queries.astype(queries.dtype), into_documents.astype(documents.dtype), None, None
 
 
-def _cut(x: Array, blocks: int) -> Array:
-    """`x[N, ...]` as `[blocks, ceil(N / blocks), ...]`, the last block filled with zeros."""
-    missing = -len(x) % blocks
+maxsim_global.defvjp(_global_forward, _global_backward)
+
+
+def _ring_scores(queries, documents, query_mask, document_mask, masked_similarity, axes):
+    """`scores[Q, N_all]`; after k handovers a device holds the documents of the k-th before it."""
+
+    def score_visitors(visiting, _):
+        # Sent on before it is used, so that the transfer overlaps with the arithmetic.
+        arriving = _hand_on(visiting, axes)
+        documents, document_mask = visiting
+        inputs = (queries, documents, query_mask, document_mask)
+        return arriving, _forward(*inputs, masked_similarity, False)[0]
+
+    devices = jax.lax.axis_size(axes)
+    _, scores = jax.lax.scan(score_visitors, (documents, document_mask), length=devices)
+    scores = scores[(jax.lax.axis_index(axes) - jnp.arange(devices)) % devices]
+    return jnp.moveaxis(scores, 0, 1).reshape(len(queries), -1)
+
+
+def _ring_gradients(residuals, cotangent, masked_similarity, axes):
+    """Gradients as `_gradients` returns them, of this device's queries and documents."""
+    queries, documents, query_mask, document_mask, _ = residuals
+    devices = jax.lax.axis_size(axes)
+    cotangents = jnp.moveaxis(cotangent.reshape(len(queries), devices, -1), 1, 0)
+    cotangents = cotangents[(jax.lax.axis_index(axes) - jnp.arange(devices)) % devices]
+
+    def add_visitors(carry, grad):
+        visiting, left_behind, into_queries = carry
+        # Neither transfer waits for this device's arithmetic: a gradient follows its documents one
+        # step later.
+        arriving = _hand_on(visiting, axes)
+        earlier = _hand_on(left_behind, axes)
+        documents, document_mask = visiting
+        inputs = (queries, documents, query_mask, document_mask, None)
+        to_queries, to_documents = _gradients(inputs, grad, masked_similarity)
+        return (arriving, earlier + to_documents, into_queries + to_queries), None
+
+    nothing = jnp.zeros(documents.shape, jnp.float32), jnp.zeros(queries.shape, jnp.float32)
+    (_, into_documents, into_queries), _ = jax.lax.scan(
+        add_visitors, ((documents, document_mask), *nothing), cotangents
+    )
+    return into_queries, _hand_on(into_documents, axes)  # the last step of the way home
+
+
+def _hand_on(x, axes):
+    """Each device's `x` to the next device of the ring."""
+    devices = jax.lax.axis_size(axes)
+    return jax.lax.ppermute(x, axes, [(i, (i + 1) % devices) for i in range(devices)])
+
+
+def _narrow(length: int) -> Array:
+    """The largest value of the smallest dtype that holds token positions and one value more."""
+    dtype = jnp.uint8 if length <= jnp.iinfo(jnp.uint8).max else jnp.uint16
+    return jnp.asarray(jnp.iinfo(dtype).max, dtype)
+
+
+def _tile(queries: tuple[int, ...], documents: tuple[int, ...]) -> tuple[int, int]:
+    """How many queries and documents a tile has: as many of each as its similarities allow."""
+    (count, tokens, _), (total, length, _) = queries, documents
+    kind = platform()
+    pairs = max(1, TILE_SIMILARITIES.get(kind, 2**26) // (tokens * length))
+    # A CPU is fastest with one document against many queries; a matrix unit does not mind, and a
+    # square tile reads the least.
+    wanted = pairs if kind == "cpu" else math.isqrt(pairs)
+    per_query_tile = min(count, max(wanted, pairs // total, 1))
+    return per_query_tile, min(total, max(pairs // per_query_tile, 1))
+
+
+def _cut(x: Array, size: int) -> Array:
+    """`x[N, ...]` as `[ceil(N / size), size, ...]`, the last block filled with zeros."""
+    missing = -len(x) % size
     x = jnp.pad(x, ((0, missing), *((0, 0) for _ in x.shape[1:])))
-    return x.reshape(blocks, -1, *x.shape[1:])
+    return x.reshape(-1, size, *x.shape[1:])

@@ -6,13 +6,18 @@ H heads, K head size, F intermediate size, V vocabulary.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from colbert_jax.sharding import Axes, constrain
+
+# The results of matrix products, by the names that a recomputation policy can keep them under.
+PRODUCTS = ("qkv", "attended", "out", "wi", "wo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +62,11 @@ class ModernBertConfig:
     def is_global(self, layer: int) -> bool:
         """Whether this layer attends to the whole sequence."""
         return layer % self.global_attn_every_n_layers == 0
+
+    @property
+    def layer_groups(self) -> int:
+        """How often the pattern (local, ..., local, global) repeats whole after layer 0."""
+        return (self.num_hidden_layers - 1) // self.global_attn_every_n_layers
 
 
 def rotary_angles(
@@ -172,11 +182,12 @@ class Attention(nnx.Module):
         """Lets every token gather from the tokens its mask row allows."""
         # Heads are the outermost of the merged axes, so that splitting them over `tensor` survives
         # the reshape.
-        qkv = project(x, self.qkv[...])
+        qkv = checkpoint_name(project(x, self.qkv[...]), "qkv")
         query, key, value = qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
         gathered = attend(rotate(query, *angles), rotate(key, *angles), value, mask)
+        gathered = checkpoint_name(gathered.reshape(*x.shape[:2], -1), "attended")
         out = self.out[...]
-        return project(gathered.reshape(*x.shape[:2], -1), out.reshape(-1, out.shape[-1]))
+        return checkpoint_name(project(gathered, out.reshape(-1, out.shape[-1])), "out")
 
 
 class GatedMlp(nnx.Module):
@@ -192,8 +203,9 @@ class GatedMlp(nnx.Module):
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Transforms each token on its own."""
         wi = self.wi[...]
-        gated = jax.nn.gelu(project(x, wi[:, 0]), approximate=False) * project(x, wi[:, 1])
-        return project(gated, self.wo[...])
+        gate, up = (checkpoint_name(project(x, wi[:, half]), "wi") for half in (0, 1))
+        gated = jax.nn.gelu(gate, approximate=False) * up
+        return checkpoint_name(project(gated, self.wo[...]), "wo")
 
 
 class Layer(nnx.Module):
@@ -219,9 +231,14 @@ class Layer(nnx.Module):
 
 
 class ModernBert(nnx.Module):
-    """The encoder: embedding, norm, layers, norm."""
+    """The encoder: embedding, norm, layers, norm.
 
-    def __init__(self, config: ModernBertConfig, *, rngs: nnx.Rngs):
+    With `scan_layers`, the layers after layer 0 (which alone has no norm of its own) are one group
+    (local, ..., local, global) that `jax.lax.scan` repeats over parameters that `stack_layers` has
+    stacked; those that make no whole group follow. A group is compiled once.
+    """
+
+    def __init__(self, config: ModernBertConfig, scan_layers: bool = False, *, rngs: nnx.Rngs):
         self.config = config
         self.tok_embeddings = init_weight(
             rngs,
@@ -231,9 +248,12 @@ class ModernBert(nnx.Module):
             ("vocab", "embed"),
         )
         self.embedding_norm = LayerNorm(config.hidden_size, config.norm_eps)
+        period, groups = config.global_attn_every_n_layers, config.layer_groups
+        grouped = groups * period if scan_layers else 0
         self.layers = nnx.List(
-            [Layer(config, index, rngs) for index in range(config.num_hidden_layers)]
+            [Layer(config, index, rngs) for index in range(config.num_hidden_layers - grouped)]
         )
+        self.group = nnx.List([Layer(config, 1, rngs) for _ in range(period)]) if grouped else None
         self.final_norm = LayerNorm(config.hidden_size, config.norm_eps)
 
     def __call__(
@@ -259,10 +279,53 @@ class ModernBert(nnx.Module):
         local_angles = rotary_angles(length, config.head_size, config.local_rope_theta)
         x = jnp.take(self.tok_embeddings[...], input_ids, axis=0).astype(dtype)
         x = self.embedding_norm(constrain(x, "batch", "seq", None))
-        for index, layer in enumerate(self.layers):
+
+        def apply(layer: Layer, index: int, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
             if config.is_global(index):
                 x = layer(x, global_mask, global_angles)
             else:
                 x = layer(x, local_mask, local_angles)
-            x = constrain(x, "batch", "seq", None)
+            return constrain(x, "batch", "seq", None)
+
+        x = apply(self.layers[0], 0, x)
+        grouped = 0
+        if self.group is not None:
+            graphdef: Any
+            graphdef, stacked = nnx.split(self.group)
+            grouped = len(self.group) * config.layer_groups
+
+            def apply_group(x, params):
+                layers: Any = nnx.merge(graphdef, params)
+                for index, layer in enumerate(layers, start=1):
+                    x = apply(layer, index, x)
+                return x, None
+
+            x, _ = jax.lax.scan(apply_group, x, stacked)
+        for index, layer in enumerate(self.layers[1:], start=1 + grouped):
+            x = apply(layer, index, x)
         return self.final_norm(x)
+
+
+def stack_layers(config: ModernBertConfig, params: dict[Any, Any]) -> dict[Any, Any]:
+    """An encoder's parameters as `ModernBert(config, scan_layers=True)` takes them.
+
+    Args:
+      config: the encoder's.
+      params: with `params["layers"][index]` for every layer.
+
+    Returns:
+      The same with `layers` only for those outside whole groups, numbered from 0, and `group`: for
+      each layer of a group, its arrays `x[group, ...]` stacked over the groups.
+    """
+    period, groups = config.global_attn_every_n_layers, config.layer_groups
+    if not groups:
+        return params
+    layers = params["layers"]
+    group = {
+        place: jax.tree.map(
+            lambda *x: jnp.stack(x), *(layers[1 + place + period * g] for g in range(groups))
+        )
+        for place in range(period)
+    }
+    outside = [0, *range(1 + period * groups, config.num_hidden_layers)]
+    return params | {"layers": {i: layers[j] for i, j in enumerate(outside)}, "group": group}

@@ -10,15 +10,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from colbert_jax.checkpoint import Checkpoints, read_config
-from colbert_jax.colbert import Params, make_embed, micro_batched, param_shapes
+from colbert_jax.colbert import Params, make_embed, param_shapes
 from colbert_jax.data.corpora import Corpus, open_corpus
-from colbert_jax.data.encode import make_encode
+from colbert_jax.data.encode import make_encode, sample_lengths
 from colbert_jax.data.pipeline import batches_per_epoch, make_batches
 from colbert_jax.errors import UserError
 from colbert_jax.export import export_run
 from colbert_jax.huggingface import Model
 from colbert_jax.metric_log import MetricLog, draw_curves
-from colbert_jax.optimizer import build_optimizer
+from colbert_jax.micro_batch import REMAT
 from colbert_jax.results import Results, average, read_results, results_table, write_json
 from colbert_jax.retrieval.collection import Collection, read_beir
 from colbert_jax.retrieval.evaluator import evaluate_bm25, make_evaluator
@@ -26,8 +26,8 @@ from colbert_jax.sharding import join_hosts, make_mesh
 from colbert_jax.start import CONFIG_FILE, is_run, open_model, start_state
 from colbert_jax.train import (
     abstract_state,
-    make_loss_fn,
-    make_train_step,
+    build_step,
+    check_batch,
     restore_state,
     train,
 )
@@ -52,6 +52,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
     plain = json.loads(config.to_json())
     check_settings(plain)
     mesh = make_mesh(**plain["mesh"])
+    check_batch(plain, mesh)
     workdir = open_workdir(workdir)
 
     # Text, and how it becomes tokens.
@@ -78,11 +79,12 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
 
     # The model, the loss, the step.
     embed = make_embed(model.config, config.model.dtype)
-    optimizer, schedule = build_optimizer(
-        plain["optimizer"], total_steps=config.total_steps, batch_size=config.input.batch_size
-    )
-    loss_fn = make_loss_fn(plain["loss"], micro_batched(embed, config.model.micro_batch))
-    train_step = make_train_step(loss_fn, optimizer, schedule)
+    sample = None
+    if config.model.lengths > 1:
+        sample = sample_lengths(
+            corpus.sources, make_encode(model.tokenizer), config.input.max_documents
+        )
+    train_step, optimizer = build_step(plain, model.config, sample)
     like = abstract_state(model.config, optimizer, mesh, config.loss.learn_temperature)
     with jax.set_mesh(mesh):
         if resumed is None:
@@ -169,7 +171,9 @@ def check_settings(config: dict[str, Any]) -> None:
     """Raises `UserError` where a value is none of those to choose from."""
     choices = (
         ("loss", "kind", ("contrastive", "distillation")),
+        ("loss", "exchange", ("gather", "ring")),
         ("model", "dtype", ("float32", "bfloat16")),
+        ("model", "remat", REMAT),
     )
     for section, key, known in choices:
         if config[section][key] not in known:
@@ -189,7 +193,8 @@ def check_resume(workdir: Path, config: dict[str, Any]) -> None:
       UserError: naming the first value that must not change.
     """
     started = _leaves(read_config(workdir / CONFIG_FILE))
-    free = {"input.cache_dir", "input.threads", "model.dtype", "model.micro_batch"}
+    free = {"input.cache_dir", "input.threads"}
+    free |= {f"model.{key}" for key in ("dtype", "micro_batch", "lengths", "remat", "scan_layers")}
     for key, value in _leaves(config).items():
         was = started.get(key)
         if value == was:

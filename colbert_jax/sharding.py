@@ -85,9 +85,9 @@ def partition_spec(axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh) 
     """The partition of an array `x[*shape]` whose axes carry these logical names.
 
     An axis whose size the mesh does not divide stays whole, so that a vocabulary of odd size or a
-    batch of one still runs.
+    batch of one still runs. Inside a `shard_map` its own mesh axes are split already.
     """
-    sizes = dict(mesh.shape)
+    sizes = dict(mesh.shape) | dict.fromkeys(mesh.manual_axes, 1)
     entries: list[tuple[str, ...] | None] = []
     for name, size in zip(axes, shape, strict=True):
         mesh_axes = tuple(a for a in AXIS_RULES[name] if sizes[a] > 1)
@@ -120,10 +120,19 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
 
 
-def batch_shards() -> int:
-    """Over how many devices the current mesh splits a batch; 1 outside a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
+def batch_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Over how many devices a mesh, by default the current one, splits a batch; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in AXIS_RULES["batch"])
+
+
+def platform() -> str:
+    """What is compiled for: "cpu", "gpu" or "tpu"; the current mesh's, or the default backend's.
+
+    The two differ where a step is compiled ahead of time for devices that are not here.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def global_batch(batch: Any, mesh: Mesh) -> Any:

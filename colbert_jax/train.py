@@ -9,16 +9,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from colbert_jax.checkpoint import Checkpoints
-from colbert_jax.colbert import ColbertConfig, Embed, Params, param_axes, param_shapes
+from colbert_jax.colbert import (
+    ColbertConfig,
+    Params,
+    make_embed,
+    param_axes,
+    param_shapes,
+    scanned_params,
+)
+from colbert_jax.errors import UserError
 from colbert_jax.losses import contrastive_loss, distillation_loss
 from colbert_jax.maxsim import maxsim_candidates, maxsim_global
 from colbert_jax.metric_log import MetricLog
-from colbert_jax.sharding import global_batch, replicated, tree_shardings
+from colbert_jax.micro_batch import Encode, fit_lengths, make_encode
+from colbert_jax.optimizer import build_optimizer
+from colbert_jax.sharding import (
+    AXIS_RULES,
+    batch_shards,
+    global_batch,
+    partition_spec,
+    replicated,
+    tree_shardings,
+)
 
 Batch = dict[str, Any]  # {"query": tokens, "document": tokens, "scores": teacher's, if any}
 Metrics = dict[str, Float[Array, ""]]
@@ -42,13 +59,65 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def make_loss_fn(config: Mapping[str, Any], embed: Embed) -> LossFn:
+def build_step(
+    config: Mapping[str, Any],
+    model: ColbertConfig,
+    sample: Mapping[str, Any] | None = None,
+) -> tuple[Callable[[TrainState, Batch], tuple[TrainState, Metrics]], optax.GradientTransformation]:
+    """Builds the compiled training step of a run, and its optimiser.
+
+    Args:
+      config: the run's, as plain values.
+      model: the model's shape.
+      sample: lengths in tokens of some of its texts, "query" and "document", to fit the static
+        lengths to; without, these are spread evenly.
+    """
+    settings = config["model"]
+    embed = make_embed(model, settings["dtype"], settings["scan_layers"])
+
+    def encode_of(side: str) -> Encode:
+        lengths: int | tuple[int, ...] = settings["lengths"]
+        if side == "query" and settings["do_query_expansion"]:
+            lengths = 1  # all are of full length: others would be compiled and never used
+        elif sample is not None:
+            lengths = fit_lengths(sample[side], settings[f"{side}_length"], settings["lengths"])
+        return make_encode(
+            embed, settings["micro_batch"], lengths, settings["remat"], settings["dtype"]
+        )
+
+    loss_fn = make_loss_fn(
+        config["loss"],
+        encode_of("query"),
+        encode_of("document"),
+        (lambda params: scanned_params(model, params)) if settings["scan_layers"] else None,
+    )
+    optimizer, schedule = build_optimizer(
+        config["optimizer"],
+        total_steps=config["total_steps"],
+        batch_size=config["input"]["batch_size"],
+    )
+    return make_train_step(loss_fn, optimizer, schedule), optimizer
+
+
+def make_loss_fn(
+    config: Mapping[str, Any],
+    encode_queries: Encode,
+    encode_documents: Encode,
+    arrange: Callable[[Params], Params] | None = None,
+) -> LossFn:
     """Makes the function from parameters and a batch of tokens to the loss.
+
+    Each device encodes its share of the batch with parameters that are gathered once a step, and
+    their gradient is summed over the devices once: nothing travels inside the loop over
+    micro-batches, unless `tensor` splits the model itself.
 
     Args:
       config: `config.loss`: `kind` ("contrastive" or "distillation"), `temperature`,
-        `normalize_scores`, and `masked_similarity` as in `maxsim` (None, or 0.0 for PyLate's).
-      embed: tokens to token embeddings.
+        `normalize_scores`, `masked_similarity` as in `maxsim` (None, or 0.0 for PyLate's) and
+        `exchange` as in `maxsim_global`.
+      encode_queries: tokens to token embeddings, from `make_encode`.
+      encode_documents: likewise.
+      arrange: how the encoder wants the parameters, if not as they are kept; done once a step.
 
     Returns:
       `loss_fn(params, batch) -> (loss, metrics)`. `batch["query"]` holds arrays `[B, S]`,
@@ -56,18 +125,27 @@ def make_loss_fn(config: Mapping[str, Any], embed: Embed) -> LossFn:
       negatives; or its K candidates, with the teacher's `batch["scores"][B, K]`.
     """
     masked = config["masked_similarity"]
+    batch_axes = AXIS_RULES["batch"]
 
-    def loss_fn(params: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+    def share_loss(params: Params, batch: Batch, axes: tuple[str, ...]) -> Metrics:
+        """What one device makes of its share: means over its queries, and sums of tokens."""
         query, document = batch["query"], batch["document"]
         count, per_query, length = document["input_ids"].shape
-        queries = embed(params["model"], query["input_ids"], query["attention_mask"])
         flat = jax.tree.map(lambda x: x.reshape(count * per_query, length), document)
-        documents = embed(params["model"], flat["input_ids"], flat["attention_mask"])
+        queries, query_tokens = encode_queries(params["model"], query, axes)
+        documents, document_tokens = encode_documents(params["model"], flat, axes)
         if config["kind"] == "contrastive":
             scores = maxsim_global(
-                queries, documents, query["scoring_mask"], flat["scoring_mask"], masked
+                queries,
+                documents,
+                query["scoring_mask"],
+                flat["scoring_mask"],
+                masked,
+                axes,
+                config["exchange"],
             )
-            positives = jnp.arange(count) * per_query
+            first = jax.lax.axis_index(axes) * count if axes else 0
+            positives = (first + jnp.arange(count)) * per_query
             temperature = config["temperature"]
             if "log_temperature" in params["loss"]:
                 temperature = jnp.exp(params["loss"]["log_temperature"])
@@ -79,7 +157,34 @@ def make_loss_fn(config: Mapping[str, Any], embed: Embed) -> LossFn:
             )
             loss, accuracy = distillation_loss(scores, batch["scores"], config["normalize_scores"])
         real = query["attention_mask"].sum() + document["attention_mask"].sum()
-        return loss, {"loss": loss, "accuracy": accuracy, "tokens": real.astype(jnp.float32)}
+        return {
+            "loss": loss,
+            "accuracy": accuracy,
+            "tokens": real.astype(jnp.float32),
+            "processed_tokens": (query_tokens + document_tokens).astype(jnp.float32),
+        }
+
+    def loss_fn(params: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+        if arrange is not None:
+            params = params | {"model": arrange(params["model"])}
+        if batch_shards() == 1:
+            metrics = share_loss(params, batch, ())
+        else:
+            of_shares = jax.shard_map(
+                lambda params, batch: jax.tree.map(
+                    lambda x: x[None], share_loss(params, batch, batch_axes)
+                ),
+                in_specs=(PartitionSpec(), PartitionSpec(batch_axes)),
+                out_specs=PartitionSpec(batch_axes),
+                axis_names=set(batch_axes),
+                check_vma=False,
+            )(params, batch)
+            metrics = {
+                name: x.sum() if name.endswith("tokens") else x.mean()
+                for name, x in of_shares.items()
+            }
+        metrics["real_tokens"] = metrics["tokens"] / metrics.pop("processed_tokens")
+        return metrics["loss"], metrics
 
     return loss_fn
 
@@ -139,6 +244,52 @@ def abstract_state(
         params=jax.tree.map(with_sharding, shapes, shardings),
         opt_state=jax.tree.map(with_sharding, opt_shapes, opt_shardings),
     )
+
+
+def abstract_batch(config: Mapping[str, Any], mesh: Mesh) -> Batch:
+    """Shapes and shardings of a run's global batch; nothing is read or allocated."""
+    settings, count = config["model"], config["input"]["batch_size"]
+    per_query = config["input"]["max_documents"]
+
+    def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        spec = partition_spec(("batch", *(None for _ in shape[1:])), shape, mesh)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    def tokens(*shape: int) -> dict[str, jax.ShapeDtypeStruct]:
+        masks = {name: of(shape, jnp.bool_) for name in ("attention_mask", "scoring_mask")}
+        return {"input_ids": of(shape, jnp.int32)} | masks
+
+    batch: Batch = {
+        "query": tokens(count, settings["query_length"]),
+        "document": tokens(count, per_query, settings["document_length"]),
+    }
+    if config["loss"]["kind"] == "distillation":
+        batch["scores"] = of((count, per_query), jnp.float32)
+    return batch
+
+
+def check_batch(config: Mapping[str, Any], mesh: Mesh) -> None:
+    """Checks that a global batch splits evenly over the mesh and into micro-batches.
+
+    Raises:
+      UserError: it does not, with the nearest setting that works.
+    """
+    size, per_query = config["input"]["batch_size"], config["input"]["max_documents"]
+    micro_batch, shards = config["model"]["micro_batch"], batch_shards(mesh)
+    if size % shards:
+        near = max(round(size / shards), 1) * shards
+        raise UserError(
+            f"config.input.batch_size={size} does not split over {shards} devices (data x fsdp): "
+            f"the nearest that does is {near}."
+        )
+    for what, texts in (("queries", size // shards), ("documents", size * per_query // shards)):
+        if micro_batch and texts > micro_batch and texts % micro_batch:
+            divisors = [n for n in range(1, texts + 1) if texts % n == 0]
+            near = min(divisors, key=lambda n: abs(n - micro_batch))
+            raise UserError(
+                f"config.model.micro_batch={micro_batch} does not divide the {texts} {what} of a "
+                f"device: the nearest that does is {near}."
+            )
 
 
 def init_state(

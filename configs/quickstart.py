@@ -38,7 +38,10 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.dtype = "float32"
-    config.model.micro_batch = 0  # texts encoded at a time; 0: all
+    config.model.micro_batch = 0  # texts each device encodes at a time; 0: all
+    config.model.lengths = 1  # static lengths that sorted texts are encoded in; 1: all full
+    config.model.remat = "full"  # computed again in the backward pass; "names", "none": less
+    config.model.scan_layers = False  # a loop over layers, compiled once, or one by one
     config.model.embedding_size = 128
     config.model.query_length = 24  # tokens
     config.model.document_length = 128  # tokens
@@ -60,6 +63,7 @@ def get_config() -> ConfigDict:
     config.loss.learn_temperature = False
     config.loss.normalize_scores = True  # in distillation
     config.loss.masked_similarity = placeholder(float)  # unset: never win; 0.0: as in PyLate
+    config.loss.exchange = "gather"  # of documents between devices; "ring" holds fewer at a time
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2e-3

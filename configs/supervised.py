@@ -54,9 +54,10 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.dtype = "bfloat16"  # of the arithmetic; parameters stay float32
-    config.model.micro_batch = (
-        128  # texts each device encodes at a time, to fit in its memory; 0: all
-    )
+    config.model.micro_batch = 32  # texts each device encodes at a time; 0: all
+    config.model.lengths = 8  # static lengths that sorted texts are encoded in; 1: all full
+    config.model.remat = "full"  # computed again in the backward pass; "names", "none": less
+    config.model.scan_layers = True  # a loop over layers, compiled once, or one by one
     config.model.embedding_size = 128  # of the projection that a base encoder gets
     config.model.query_length = 32 + 7  # tokens; the prompt takes the 7
     config.model.document_length = 512 + 7  # tokens
@@ -71,6 +72,7 @@ def get_config() -> ConfigDict:
     config.loss.learn_temperature = False
     config.loss.normalize_scores = True  # min-max of the student's scores, in distillation
     config.loss.masked_similarity = placeholder(float)  # unset: never win; 0.0: as in PyLate
+    config.loss.exchange = "gather"  # of documents between devices; "ring" holds fewer at a time
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 8e-6  # peak; linear to 0 at total_steps

@@ -14,7 +14,6 @@ import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
 
-from colbert_jax import run as run_module
 from colbert_jax import train as train_module
 from colbert_jax.checkpoint import Checkpoints, read_config
 from colbert_jax.errors import UserError
@@ -315,7 +314,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(
 
         return counted
 
-    monkeypatch.setattr(run_module, "make_train_step", counting)
+    monkeypatch.setattr(train_module, "make_train_step", counting)
     run(config, workdir)
     assert steps_made == ([1, 2, 3, 4, 5, 6] if stop < 3 else [4, 5, 6])
 
@@ -337,7 +336,7 @@ def test_a_finished_run_is_not_trained_again(
     def forbidden(*args: Any) -> Any:
         return lambda state, batch: pytest.fail("a step was made")
 
-    monkeypatch.setattr(run_module, "make_train_step", forbidden)
+    monkeypatch.setattr(train_module, "make_train_step", forbidden)
     run(config, unbroken)
     after = everything(unbroken, 6)
     assert (unbroken / "metrics.jsonl").read_text() == lines

@@ -1,4 +1,6 @@
-"""The model around the encoder: unit vectors, and micro-batches that change nothing."""
+"""The model around the encoder: unit vectors, and a loop over layers that changes nothing."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,9 @@ from colbert_jax.colbert import (
     DenseConfig,
     init_params,
     make_embed,
-    micro_batched,
+    scanned_params,
 )
-from colbert_jax.maxsim import maxsim_all_pairs
 from colbert_jax.modernbert import ModernBertConfig
-from colbert_jax.sharding import global_batch, make_mesh
 
 ENCODER = ModernBertConfig(
     vocab_size=97,
@@ -34,26 +34,6 @@ def tokens(batch: int, length: int = 12) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, 97, (batch, length), dtype=np.int32), mask
 
 
-def loss_of(embed):
-    def loss(params, ids, mask):
-        embedded = embed(params, ids, mask)
-        half = len(embedded) // 2
-        scores = maxsim_all_pairs(embedded[:half], embedded[half:], mask[:half], mask[half:])
-        return jnp.mean(jax.nn.logsumexp(scores, axis=1) - jnp.diagonal(scores))
-
-    return loss
-
-
-def relative_difference(a, b) -> float:
-    """|a - b| / |b| over the whole gradient.
-
-    Tensor by tensor, the attention weights alone differ by up to 3e-5: their gradients are small
-    differences of large terms, so float32's rounding shows there 50 times larger.
-    """
-    flat_a, flat_b = (np.concatenate([x.ravel() for x in jax.tree.leaves(t)]) for t in (a, b))
-    return float(np.linalg.norm(flat_a - flat_b) / np.linalg.norm(flat_b))
-
-
 def test_token_embeddings_have_length_one_at_masked_positions_too():
     embedded = make_embed(CONFIG)(init_params(CONFIG, 0), *tokens(5))
     np.testing.assert_allclose(np.linalg.norm(embedded, axis=-1), 1.0, atol=1e-5)
@@ -66,37 +46,36 @@ def test_bfloat16_compute_leaves_embeddings_and_parameters_in_float32():
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("size", [1, 4, 7])
-def test_micro_batches_give_the_whole_batch_s_loss_and_gradients(size):
-    params, batch = init_params(CONFIG, 0), tokens(24)
-    embed = make_embed(CONFIG)
-    whole = jax.jit(jax.value_and_grad(loss_of(embed)))(params, *batch)
-    cut = jax.jit(jax.value_and_grad(loss_of(micro_batched(embed, size))))(params, *batch)
-    assert abs(cut[0] - whole[0]) <= 1e-5 * abs(whole[0])
-    assert relative_difference(cut[1], whole[1]) <= 1e-5
+@pytest.mark.parametrize(("layers", "every"), [(7, 3), (9, 3), (3, 1), (2, 3), (1, 3), (5, 2)])
+def test_a_loop_over_layers_gives_the_numbers_of_layers_one_by_one(layers, every):
+    encoder = dataclasses.replace(
+        ENCODER, num_hidden_layers=layers, global_attn_every_n_layers=every
+    )
+    config = dataclasses.replace(CONFIG, encoder=encoder)
+    params = init_params(config, 0)
+    scanned = make_embed(config, scan_layers=True)
+    weights = jax.random.normal(jax.random.key(1), (5, 12, 16))
+
+    def loss(embed, arrange):
+        return lambda params: (embed(arrange(params), *tokens(5)) * weights).sum()
+
+    one_by_one = jax.value_and_grad(loss(make_embed(config), lambda p: p))(params)
+    looped = jax.value_and_grad(loss(scanned, lambda p: scanned_params(config, p)))(params)
+    assert abs(looped[0] - one_by_one[0]) <= 1e-5 * abs(one_by_one[0])
+    for ours, theirs in zip(*map(jax.tree.leaves, (looped[1], one_by_one[1])), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
 
-def test_micro_batches_of_a_sharded_batch_move_no_text_between_devices():
-    embed = micro_batched(make_embed(CONFIG), 1)
-    mesh = make_mesh()
-    with jax.set_mesh(mesh):
-        batch = global_batch(tokens(32), mesh)
-        program = jax.jit(embed).lower(init_params(CONFIG, 0), *batch).compile()
-        embedded = embed(init_params(CONFIG, 0), *batch)
-    text = program.as_text()
-    assert "all-gather" not in text
-    assert "all-to-all" not in text
-    assert "collective-permute" not in text
-    alone = make_embed(CONFIG)(init_params(CONFIG, 0), *tokens(32))
-    np.testing.assert_allclose(embedded, alone, atol=1e-5)
-
-
-def test_micro_batches_lower_the_memory_of_the_gradient():
-    params, batch = init_params(CONFIG, 0), tokens(64)
-
-    def temporary_bytes(embed) -> int:
-        gradient = jax.jit(jax.grad(loss_of(embed)))
-        return gradient.lower(params, *batch).compile().memory_analysis().temp_size_in_bytes
-
-    embed = make_embed(CONFIG)
-    assert temporary_bytes(micro_batched(embed, 8)) < 0.5 * temporary_bytes(embed)
+def test_a_loop_over_layers_makes_a_smaller_program():
+    encoder = dataclasses.replace(ENCODER, num_hidden_layers=22)
+    config = dataclasses.replace(CONFIG, encoder=encoder)
+    params = init_params(config, 0)
+    looped = make_embed(config, scan_layers=True)
+    sizes = [
+        len(jax.jit(embed).lower(p, *tokens(5)).as_text())
+        for embed, p in (
+            (make_embed(config), params),
+            (looped, scanned_params(config, params)),
+        )
+    ]
+    assert sizes[1] < 0.4 * sizes[0]

@@ -23,6 +23,7 @@ from colbert_jax.huggingface import (
     weight_table,
 )
 from colbert_jax.losses import contrastive_loss, distillation_loss
+from colbert_jax.micro_batch import make_encode
 from colbert_jax.optimizer import build_optimizer
 from colbert_jax.train import make_loss_fn
 
@@ -111,7 +112,8 @@ def by_name(model: Model, tree: Params) -> dict[str, np.ndarray]:
 @functools.cache
 def compiled(folder: str, settings: tuple[tuple[str, Any], ...]) -> tuple[Params, Callable]:
     model = read_model(folder)
-    loss_fn = make_loss_fn(dict(settings), make_embed(model.config))
+    encode = make_encode(make_embed(model.config))
+    loss_fn = make_loss_fn({"exchange": "gather", **dict(settings)}, encode, encode)
     return read_weights(folder, model, seed=0), jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from colbert_jax.colbert import ColbertConfig, DenseConfig, init_params, make_embed
 from colbert_jax.errors import UserError
+from colbert_jax.micro_batch import make_encode
 from colbert_jax.modernbert import ModernBertConfig
 from colbert_jax.optimizer import build_optimizer
 from colbert_jax.sharding import (
@@ -58,6 +59,7 @@ LOSS = {
     "temperature": 0.5,
     "normalize_scores": True,
     "masked_similarity": None,
+    "exchange": "gather",
 }
 SHAPES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2)]
 
@@ -93,7 +95,8 @@ def two_steps(shape: tuple[int, int, int]) -> tuple[TrainState, list[dict[str, f
     """The state after two updates, and their metrics."""
     mesh = mesh_of(shape)
     optimizer, schedule = build_optimizer(OPTIMIZER, total_steps=10, batch_size=8)
-    step = make_train_step(make_loss_fn(LOSS, make_embed(MODEL)), optimizer, schedule)
+    encode = make_encode(make_embed(MODEL))
+    step = make_train_step(make_loss_fn(LOSS, encode, encode), optimizer, schedule)
     like = abstract_state(MODEL, optimizer, mesh)
     with jax.set_mesh(mesh):
         state = init_state(lambda: {"model": init_params(MODEL, 0), "loss": {}}, optimizer, like)

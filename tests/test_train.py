@@ -16,6 +16,7 @@ import pytest
 from colbert_jax.checkpoint import Checkpoints
 from colbert_jax.colbert import ColbertConfig, DenseConfig, init_params, make_embed
 from colbert_jax.metric_log import MetricLog, draw_curves, read_metrics
+from colbert_jax.micro_batch import make_encode
 from colbert_jax.modernbert import ModernBertConfig
 from colbert_jax.optimizer import build_optimizer
 from colbert_jax.sharding import global_batch, make_mesh
@@ -41,7 +42,12 @@ MODEL = ColbertConfig(
     ),
     (DenseConfig(32, 16),),
 )
-LOSS = {"temperature": 0.25, "normalize_scores": True, "masked_similarity": None}
+LOSS = {
+    "temperature": 0.25,
+    "normalize_scores": True,
+    "masked_similarity": None,
+    "exchange": "gather",
+}
 OPTIMIZER = {
     "learning_rate": 5e-3,
     "warmup_steps": 4,
@@ -126,7 +132,8 @@ def overfit(workdir: Path, batch: Batch, dtype: str = "float32", **loss: Any) ->
     mesh = make_mesh(devices=jax.devices()[:1])
     learn = loss.pop("learn_temperature", False)
     optimizer, schedule = build_optimizer(OPTIMIZER, total_steps=TOTAL_STEPS, batch_size=BATCH)
-    step = make_train_step(make_loss_fn(LOSS | loss, make_embed(MODEL, dtype)), optimizer, schedule)
+    encode = make_encode(make_embed(MODEL, dtype))
+    step = make_train_step(make_loss_fn(LOSS | loss, encode, encode), optimizer, schedule)
     like = abstract_state(MODEL, optimizer, mesh, learn)
     extra = {"log_temperature": jnp.log(jnp.float32(LOSS["temperature"]))} if learn else {}
     input_ = Repeat(batch)
@@ -258,7 +265,8 @@ def test_the_loss_is_that_of_the_parameters_before_the_update(contrastive: Train
         state = jax.tree.map(
             lambda x, like: jax.device_put(x, like.sharding), contrastive.first, contrastive.like
         )
-        loss_fn = make_loss_fn(LOSS | {"kind": "contrastive"}, make_embed(MODEL))
+        encode = make_encode(make_embed(MODEL))
+        loss_fn = make_loss_fn(LOSS | {"kind": "contrastive"}, encode, encode)
         value_and_grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
         (loss, metrics), grads = value_and_grad(state.params, batch)
         after, logged = contrastive.step(state, batch)

@@ -8,7 +8,7 @@ from typing import Any
 import grain
 
 from colbert_jax.data.records import Source
-from colbert_jax.data.rows import Row
+from colbert_jax.data.rows import Row, cut_documents
 from colbert_jax.errors import UserError
 
 Encode = Callable[[list[Row], int], dict[str, Any]]
@@ -76,7 +76,7 @@ def make_batches(
         first = start + process_index * share
         indices = [order[position] for position in range(first, first + share)]
         documents = min(source.min_documents, max_documents)
-        rows = [_cut(row, documents) for row in source.__getitems__(indices)]
+        rows = [cut_documents(row, documents) for row in source.__getitems__(indices)]
         return encode(rows, documents)
 
     places = [_batch_places(name, len(usable[name]), batch_size) for name in usable]
@@ -143,12 +143,3 @@ def _batch_places(name: str, length: int, batch_size: int) -> grain.MapDataset:
 def _derive_seed(seed: int, purpose: str) -> int:
     """Returns 32 bits that are unrelated for any two purposes or seeds."""
     return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:4], "big")
-
-
-def _cut(row: Row, documents: int) -> Row:
-    scores = row["scores"]
-    return Row(
-        query=row["query"],
-        documents=row["documents"][:documents],
-        scores=None if scores is None else scores[:documents],
-    )

@@ -42,6 +42,16 @@ class Row(TypedDict):
     scores: list[float] | None
 
 
+def cut_documents(row: Row, documents: int) -> Row:
+    """A row with only its first documents, and their scores."""
+    scores = row["scores"]
+    return Row(
+        query=row["query"],
+        documents=row["documents"][:documents],
+        scores=None if scores is None else scores[:documents],
+    )
+
+
 class RowError(ValueError):
     """Why a row, or a set of columns, cannot be used; whoever knows the place adds it."""
 
