@@ -139,9 +139,11 @@ def test_fitted_lengths_pad_least_of_all_choices():
 
 
 def test_nine_tenths_of_the_tokens_are_real_on_real_text(real_texts):
-    # Words stand for tokens: the spread of lengths is what counts.
-    lengths = np.array([min(len(text.split()) + 3, 187) for text in real_texts])
-    lengths = np.random.default_rng(0).choice(lengths, 2048)
+    # Passages of one to eight texts; words stand for tokens: the spread of lengths is what counts.
+    rng = np.random.default_rng(0)
+    words = np.array([len(text.split()) for text in real_texts])
+    passages = [rng.choice(words, rng.integers(1, 9)).sum() for _ in range(2048)]
+    lengths = np.minimum(np.array(passages) + 3, 187)
     mask = np.arange(187) < lengths[:, None]
     batch = {"input_ids": mask.astype(np.int32), "attention_mask": mask, "scoring_mask": mask}
     nothing = lambda params, ids, mask: jnp.zeros((*ids.shape, 1))  # noqa: E731
@@ -149,7 +151,7 @@ def test_nine_tenths_of_the_tokens_are_real_on_real_text(real_texts):
     assert len(fitted) == 8
     _, processed = make_encode(nothing, 32, fitted)({}, batch)
     _, padded = make_encode(nothing, 32, 1)({}, batch)
-    assert mask.sum() / padded < 0.5  # it is no test if all texts are long
+    assert mask.sum() / padded < 0.7  # it is no test if all texts are long
     assert mask.sum() / processed >= 0.9
 
 
