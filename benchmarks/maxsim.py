@@ -1,132 +1,106 @@
-"""MaxSim of all pairs, forward and backward: ours, its definition, and PyLate's plain path.
+"""MaxSim of all pairs, forward and backward: ours, its definition, and PyLate's code.
 
-    python benchmarks/maxsim.py [--pairs=256] [--query_tokens=32] [--document_tokens=180] [--json]
+    python benchmarks/maxsim.py [--pairs=256] [--query-tokens=32] [--document-tokens=180]
+        [--peer-python=PATH] [--json]
 
-Times are medians of alternating runs; memory is what the compiled program asks for beside its
-inputs and outputs. PyLate is measured where `--pylate_python` names an interpreter that has it.
+Each runs in a process of its own, in turn with the others. PyLate is measured twice:
+"pylate_script" as ColBERT-Zero's script has it (512 queries scored at a time), and "pylate_tuned"
+with a smaller score_mini_batch_size; on a GPU both take a fused MaxSim where PyLate finds one.
+`speed_vs_pylate` is against the faster of the two; `memory_vs_naive` compares the temporary bytes
+of two compiled programs, `memory_vs_pylate` the peaks of two processes.
 """
 
-import json
-import statistics
-import subprocess
+import argparse
 import sys
-import time
+import tempfile
+from pathlib import Path
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from harness import (
+    Parser,
+    Worker,
+    check_agreement,
+    check_platforms,
+    find_peer,
+    make_row,
+    measure,
+    positive,
+    ratios_of,
+    run_program,
+)
 
-from colbert_jax.maxsim import maxsim_all_pairs, maxsim_all_pairs_reference
-
-PAIRS = flags.DEFINE_integer("pairs", 256, "Queries, and documents.")
-QUERY_TOKENS = flags.DEFINE_integer("query_tokens", 32, "Tokens of a query.")
-DOCUMENT_TOKENS = flags.DEFINE_integer("document_tokens", 180, "Tokens of a document.")
-DIM = flags.DEFINE_integer("dim", 128, "Width of a token embedding.")
-ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed runs of each.")
-PYLATE = flags.DEFINE_string("pylate_python", None, "An interpreter with PyLate 1.6 installed.")
-JSON = flags.DEFINE_boolean("json", False, "Print one JSON object instead of a table.")
-
-# Answers each line on standard input with the seconds that one forward and backward pass took.
-PYLATE_PROGRAM = """
-import sys, time, torch
-from pylate.scores import colbert_scores
-pairs, s, t, d = map(int, sys.argv[1:])
-torch.manual_seed(0)
-def unit(*shape):
-    return torch.nn.functional.normalize(torch.randn(*shape), dim=-1).requires_grad_()
-query, document = unit(pairs, s, d), unit(pairs, t, d)
-mask = torch.ones(pairs, t, dtype=torch.bool)
-for _ in sys.stdin:
-    start = time.perf_counter()
-    scores = colbert_scores(query, document, documents_mask=mask)
-    torch.nn.functional.cross_entropy(scores, torch.arange(pairs)).backward()
-    print(time.perf_counter() - start, flush=True)
-"""
+SCRIPT_MINI_BATCH = 512  # of ColBERT-Zero's phase 1
 
 
-def loss(score):
-    """Mean cross-entropy of each query's own document, as in training."""
+def flags() -> tuple[argparse.Namespace, str | None]:
+    """The command line, and PyLate's interpreter."""
+    parser = Parser(__doc__)
+    parser.add_argument("--pairs", type=positive, default=256, help="queries, and documents")
+    parser.add_argument("--query-tokens", type=positive, default=32)
+    parser.add_argument("--document-tokens", type=positive, default=180)
+    parser.add_argument("--dim", type=positive, default=128, help="width of a token embedding")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    args = parser.parse()
+    return args, find_peer(parser, args.peer_python)
 
-    def of(queries, documents, query_mask, document_mask):
-        scores = score(queries, documents, query_mask, document_mask)
-        return jnp.mean(jax.nn.logsumexp(scores, axis=1) - jnp.diagonal(scores))
 
-    return of
-
-
-def main(_: list[str]) -> None:
-    """Measures and prints."""
+def write_inputs(args: argparse.Namespace, path: Path) -> None:
+    """Random token embeddings of length 1."""
     rng = np.random.default_rng(0)
 
-    def unit(*shape: int) -> jax.Array:
+    def unit(*shape: int) -> np.ndarray:
         x = rng.standard_normal(shape, np.float32)
-        return jnp.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True))
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
-    pairs, s, t, d = PAIRS.value, QUERY_TOKENS.value, DOCUMENT_TOKENS.value, DIM.value
-    inputs = (
-        unit(pairs, s, d),
-        unit(pairs, t, d),
-        jnp.ones((pairs, s), bool),
-        jnp.ones((pairs, t), bool),
-    )
-    programs = {
-        name: jax.jit(jax.grad(loss(score), argnums=(0, 1))).lower(*inputs).compile()
-        for name, score in (("ours", maxsim_all_pairs), ("naive", maxsim_all_pairs_reference))
+    query = unit(args.pairs, args.query_tokens, args.dim)
+    np.savez(path, query=query, doc=unit(args.pairs, args.document_tokens, args.dim))
+
+
+def start(args: argparse.Namespace, peer: str | None, inputs: Path) -> list[Worker]:
+    """All contestants."""
+    common = {"kind": "maxsim", "inputs": str(inputs), "dtype": args.dtype}
+    workers = [
+        Worker(name, sys.executable, "ours.py", common | {"naive": name == "naive"})
+        for name in ("ours", "naive")
+    ]
+    if peer:
+        chunks = {"pylate_script": SCRIPT_MINI_BATCH, "pylate_tuned": args.peer_score_mini_batch}
+        workers += [
+            Worker(name, peer, "peer.py", common | {"score_mini_batch": min(chunk, args.pairs)})
+            for name, chunk in chunks.items()
+        ]
+    return workers
+
+
+def main(args: argparse.Namespace, peer: str | None) -> dict[str, Any]:
+    """Measures, and returns the report."""
+    shape = {
+        name: getattr(args, name)
+        for name in ("pairs", "query_tokens", "document_tokens", "dim", "dtype")
     }
+    bound = 1e-3 if args.dtype == "float32" else 1e-1
 
-    def timed(name: str) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(programs[name](*inputs))
-        return time.perf_counter() - start
-
-    seconds: dict[str, list[float]] = {"ours": [], "naive": []}
-    pylate = None
-    if PYLATE.value:
-        pylate = subprocess.Popen(
-            [PYLATE.value, "-c", PYLATE_PROGRAM, *map(str, (pairs, s, t, d))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        seconds["pylate"] = []
-    for warm in range(ROUNDS.value + 1):
-        for name in seconds:
-            if name == "pylate":
-                print(file=pylate.stdin, flush=True)
-                took = float(pylate.stdout.readline())
-            else:
-                took = timed(name)
-            if warm:
-                seconds[name].append(took)
-    if pylate:
-        pylate.stdin.close()
-        pylate.wait()
-
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    memory = {
-        name: program.memory_analysis().temp_size_in_bytes for name, program in programs.items()
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = Path(folder) / "inputs.npz"
+        write_inputs(args, inputs)
+        workers = start(args, peer, inputs)
+        try:
+            check_platforms(workers)
+            measure(workers, args.rounds, lambda: check_agreement(workers, "loss", bound))
+            rows = [make_row(worker, shape) for worker in workers]
+        finally:
+            for worker in workers:
+                worker.close()
+    ours, naive = (row["temporary_bytes"] for row in rows[:2])
+    return {
+        "benchmark": "maxsim",
+        "shape": shape,
+        "rows": rows,
+        "ratios": ratios_of(rows) | {"memory_vs_naive": ours / naive},
     }
-    result = {
-        "device": jax.devices()[0].device_kind,
-        "shape": {"pairs": pairs, "query_tokens": s, "document_tokens": t, "dim": d},
-        "seconds": medians,
-        "temporary_bytes": memory,
-        "ratios": {"memory_vs_naive": memory["ours"] / memory["naive"]}
-        | {
-            f"speed_vs_{name}": medians[name] / medians["ours"]
-            for name in medians
-            if name != "ours"
-        },
-    }
-    if JSON.value:
-        print(json.dumps(result))
-        return
-    for name, median in medians.items():
-        used = f"{memory[name] / 2**20:10,.0f} MB" if name in memory else ""
-        print(f"{name:8}{median:8.2f} s{used}")
-    print({name: round(ratio, 4) for name, ratio in result["ratios"].items()}, file=sys.stdout)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    arguments, interpreter = flags()
+    run_program(lambda: main(arguments, interpreter), arguments.json)

@@ -75,6 +75,13 @@ def new_model(settings: dict[str, Any], tokenization: TokenizationConfig, corpus
         )
     logger.info("training a tokenizer of %d tokens on the corpus", settings["vocab_size"])
     hf_tokenizer = train_tokenizer(corpus.texts(), settings["vocab_size"], settings["words_only"])
+    # Read before ColbertTokenizer makes [MASK] what texts are padded with: an encoder that took it
+    # for padding would not train its row in PyTorch.
+    special = {
+        "cls": hf_tokenizer.cls_token_id,
+        "sep": hf_tokenizer.sep_token_id,
+        "pad": hf_tokenizer.pad_token_id,
+    }
     tokenizer = ColbertTokenizer(hf_tokenizer, tokenization)
     encoder = ModernBertConfig(vocab_size=tokenizer.vocab_size, **settings["encoder"])
     if encoder.hidden_size % (2 * encoder.num_attention_heads):
@@ -83,12 +90,7 @@ def new_model(settings: dict[str, Any], tokenization: TokenizationConfig, corpus
             f"{encoder.num_attention_heads} heads of an even size: change one of the two."
         )
     projection = (DenseConfig(encoder.hidden_size, settings["embedding_size"]),)
-    fields = huggingface.encoder_json(
-        encoder,
-        cls=hf_tokenizer.cls_token_id,
-        sep=hf_tokenizer.sep_token_id,
-        pad=hf_tokenizer.pad_token_id,
-    )
+    fields = huggingface.encoder_json(encoder, **special)
     return Model(ColbertConfig(encoder, projection), tokenizer, fields, "random weights")
 
 

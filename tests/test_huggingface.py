@@ -315,8 +315,9 @@ def test_a_model_of_our_own_making_is_read_by_pylate(
     pylate: PyLateReference, tmp_path: Path, real_texts: list[str]
 ) -> None:
     settings = TokenizationConfig(query_length=20, document_length=50, query_prompt="query: ")
-    special = train_tokenizer(real_texts, 800, words_only=True)
-    tokenizer = ColbertTokenizer(special, settings)
+    trained = train_tokenizer(real_texts, 800, words_only=True)
+    special = dict(cls=trained.cls_token_id, sep=trained.sep_token_id, pad=trained.pad_token_id)
+    tokenizer = ColbertTokenizer(trained, settings)
     encoder = ModernBertConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=64,
@@ -329,9 +330,7 @@ def test_a_model_of_our_own_making_is_read_by_pylate(
         local_rope_theta=70.0,
     )
     config = ColbertConfig(encoder, (DenseConfig(64, 32),))
-    fields = encoder_json(
-        encoder, cls=special.cls_token_id, sep=special.sep_token_id, pad=special.pad_token_id
-    )
+    fields = encoder_json(encoder, **special)
     model = Model(config, tokenizer, fields, "fresh")
     params = jax.tree.map(lambda x: 5 * x, init_params(config, 0))
     save_model(tmp_path / "export", model, params, "A card.")

@@ -592,7 +592,16 @@ def test_files_that_cannot_be_used_are_the_users_error(
 @pytest.mark.parametrize(
     "section, key, value, message",
     [
-        ("input", "batch_size", 1000, "No source has the 1000 rows of a global batch"),
+        ("input", "batch_size", 1024, "No source has the 1024 rows of a global batch"),
+        ("input", "batch_size", 1001, "does not split over 8 devices .*: the nearest .* is 1000"),
+        (
+            "input",
+            "batch_size",
+            1000,
+            "=64 does not divide the 125 queries .*: the .* is 25",
+        ),
+        ("loss", "exchange", "rong", "config.loss.exchange is 'rong': choose one of gather, ring"),
+        ("model", "remat", "all", "config.model.remat is 'all': choose one of full, names, none"),
         ("loss", "kind", "contrastiv", "config.loss.kind is 'contrastiv': choose one of"),
         ("model", "dtype", "bf16", "config.model.dtype is 'bf16': choose one of"),
         ("mesh", "fsdp", 3, "does not fit 8 device"),

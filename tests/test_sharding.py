@@ -1,5 +1,6 @@
 """A run is the same on any mesh, and the mesh really splits what it should."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from colbert_jax.colbert import ColbertConfig, DenseConfig, init_params, make_embed
+from colbert_jax import maxsim
+from colbert_jax.colbert import (
+    ColbertConfig,
+    DenseConfig,
+    init_params,
+    make_embed,
+    scanned_params,
+)
 from colbert_jax.errors import UserError
 from colbert_jax.micro_batch import make_encode
 from colbert_jax.modernbert import ModernBertConfig
@@ -37,7 +45,7 @@ MODEL = ColbertConfig(
         vocab_size=96,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=4,
         local_attention=8,
         global_attn_every_n_layers=2,
@@ -91,12 +99,29 @@ def a_batch() -> Batch:
     return {"query": tokens(rng, 8, 12), "document": tokens(rng, 8, 2, 20)}
 
 
-def two_steps(shape: tuple[int, int, int]) -> tuple[TrainState, list[dict[str, float]]]:
+def a_step(cut: bool) -> tuple[Any, Any]:
+    """A training step and its optimiser.
+
+    `cut` encodes sorted micro-batches in three lengths with a loop over layers, and hands documents
+    round a ring.
+    """
+    optimizer, schedule = build_optimizer(OPTIMIZER, total_steps=10, batch_size=8)
+    encode = make_encode(make_embed(MODEL, scan_layers=cut), *((2, 3) if cut else ()))
+    loss_fn = make_loss_fn(
+        LOSS | {"exchange": "ring" if cut else "gather"},
+        encode,
+        encode,
+        (lambda params: scanned_params(MODEL, params)) if cut else None,
+    )
+    return make_train_step(loss_fn, optimizer, schedule), optimizer
+
+
+def two_steps(
+    shape: tuple[int, int, int], cut: bool = False
+) -> tuple[TrainState, list[dict[str, float]]]:
     """The state after two updates, and their metrics."""
     mesh = mesh_of(shape)
-    optimizer, schedule = build_optimizer(OPTIMIZER, total_steps=10, batch_size=8)
-    encode = make_encode(make_embed(MODEL))
-    step = make_train_step(make_loss_fn(LOSS, encode, encode), optimizer, schedule)
+    step, optimizer = a_step(cut)
     like = abstract_state(MODEL, optimizer, mesh)
     with jax.set_mesh(mesh):
         state = init_state(lambda: {"model": init_params(MODEL, 0), "loss": {}}, optimizer, like)
@@ -112,11 +137,17 @@ def alone() -> tuple[TrainState, list[dict[str, float]]]:
     return two_steps((1, 1, 1))
 
 
-@pytest.mark.parametrize("shape", SHAPES[1:])
-def test_training_is_the_same_on_every_mesh(
-    alone: tuple[TrainState, list[dict[str, float]]], shape: tuple[int, int, int]
+@pytest.mark.parametrize(
+    ("shape", "cut"),
+    [
+        *((shape, False) for shape in SHAPES[1:]),
+        *((shape, True) for shape in [(1, 1, 1), (2, 1, 1), (1, 4, 1), (2, 4, 1), (2, 2, 2)]),
+    ],
+)
+def test_training_is_the_same_on_every_mesh_however_the_step_is_cut(
+    alone: tuple[TrainState, list[dict[str, float]]], shape: tuple[int, int, int], cut: bool
 ) -> None:
-    state, metrics = two_steps(shape)
+    state, metrics = two_steps(shape, cut)
     expected, expected_metrics = alone
     for ours, theirs in zip(metrics, expected_metrics, strict=True):
         for name in ("loss", "grad_norm", "accuracy", "tokens", "learning_rate"):
@@ -127,6 +158,40 @@ def test_training_is_the_same_on_every_mesh(
         assert ours.dtype == jnp.float32
         apart = np.linalg.norm(np.asarray(ours) - np.asarray(theirs))
         assert apart <= 1e-5 * np.linalg.norm(np.asarray(theirs)), name
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["gather", "ring"])
+def test_the_compiled_step_holds_no_similarities_of_all_pairs_and_sends_what_is_meant(
+    cut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(maxsim.TILE_SIMILARITIES, "cpu", 16 * 12 * 20)
+    mesh = mesh_of((8, 1, 1))
+    step, optimizer = a_step(cut)
+    batch = {"query": tokens(np.random.default_rng(0), 64, 12)}
+    batch["document"] = tokens(np.random.default_rng(1), 64, 1, 20)
+    like = abstract_state(MODEL, optimizer, mesh)
+    with jax.set_mesh(mesh):
+        text = step.lower(like, global_batch(batch, mesh)).compile().as_text()
+    sizes = [
+        int(np.prod([int(n) for n in dims.split(",")]))
+        for dims in re.findall(r"(?:f32|bf16|s32|u8|u16|pred)\[([\d,]+)\]", text)
+    ]
+    # A device's 8 queries against 64 documents; its own documents alone are a tenth of it.
+    assert max(sizes) < 8 * 64 * 12 * 20 / 2
+
+    sent = re.findall(
+        r"= \(?(\w+)\[([\d,]*)\][^=\n]* (all-gather|reduce-scatter|all-reduce|all-to-all|"
+        r"collective-permute)\(",
+        text,
+    )
+    large = [kind for dtype, dims, kind in sent if dtype == "f32" and dims.count(",") == 2]
+    if cut:  # documents there; documents and their gradients back, and the gradient's way home
+        assert set(large) == {"collective-permute"} and len(large) == 4
+    else:
+        assert sorted(large) == ["all-gather", "reduce-scatter"]
+    # All else is the sum of the parameters' gradient and the agreed lengths.
+    kinds = set(re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all)\(", text))
+    assert kinds == ({"all-reduce"} if cut else {"all-gather", "reduce-scatter", "all-reduce"})
 
 
 def test_parameters_and_moments_are_split_over_fsdp_and_tensor() -> None:

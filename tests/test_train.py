@@ -59,7 +59,10 @@ OPTIMIZER = {
     "gradient_of": "mean",
 }
 TRAIN_METRICS = {
-    *(f"train/{name}" for name in ("loss", "accuracy", "grad_norm", "learning_rate")),
+    *(
+        f"train/{name}"
+        for name in ("loss", "accuracy", "grad_norm", "learning_rate", "real_tokens")
+    ),
     *("train/pairs_per_second", "train/tokens_per_second", "time/step", "time/data_wait"),
 }
 

@@ -1,0 +1,151 @@
+"""Our contestants: MaxSim forward and backward, and a whole training step. Started by the harness.
+
+A set-up is a JSON object with `kind` ("maxsim" or "step") and the fields that its class reads.
+"""
+
+import runpy
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from worker import serve
+
+from colbert_jax import huggingface, maxsim, train
+from colbert_jax.sharding import global_batch, make_mesh
+
+PRETRAIN = Path(__file__).resolve().parents[1] / "configs" / "pretrain.py"
+
+
+def build(setup: dict[str, Any]) -> Any:
+    """The contestant of a set-up."""
+    jax.devices()  # the accelerator's libraries, before anything is measured
+    return {"maxsim": MaxSim, "step": Step}[setup["kind"]](setup)
+
+
+class OnDevice:
+    """What both have in common."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, Any] = {
+            "platform": jax.default_backend(),
+            "device": jax.devices()[0].device_kind,
+        }
+
+    def compile(self, function: Any, *inputs: Any) -> Any:
+        """Compiles, and says how long it took and what the program asks for in bytes."""
+        start = time.perf_counter()
+        compiled = function.lower(*inputs).compile()
+        used = compiled.memory_analysis()
+        total = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes
+        self.facts |= {
+            "compile_seconds": time.perf_counter() - start,
+            "temporary_bytes": used.temp_size_in_bytes,
+            # A donated argument and the output that takes its place are counted once.
+            "compiled_bytes": total - used.alias_size_in_bytes,
+        }
+        return compiled
+
+    def device_peak(self) -> int | None:
+        """Peak bytes on an accelerator, since the process began."""
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+class MaxSim(OnDevice):
+    """Scores of all pairs, their cross-entropy, and its gradient."""
+
+    def __init__(self, setup: dict[str, Any]):
+        super().__init__()
+        score = maxsim.maxsim_all_pairs
+        if setup["naive"]:
+            score = maxsim.maxsim_all_pairs_reference
+
+        def loss(queries, documents, query_mask, document_mask):
+            scores = score(queries, documents, query_mask, document_mask)
+            return jnp.mean(jax.nn.logsumexp(scores, axis=1) - jnp.diagonal(scores))
+
+        with np.load(setup["inputs"]) as arrays:
+            embeddings = [jnp.asarray(arrays[name], setup["dtype"]) for name in ("query", "doc")]
+        masks = [jnp.ones(x.shape[:2], bool) for x in embeddings]
+        self.inputs = (*embeddings, *masks)
+        self.program = self.compile(jax.jit(jax.value_and_grad(loss, (0, 1))), *self.inputs)
+
+    def run(self) -> dict[str, float]:
+        """Forward and backward."""
+        value, _ = jax.block_until_ready(self.program(*self.inputs))
+        return {"loss": float(value)}
+
+
+class Step(OnDevice):
+    """A training step as `configs/pretrain.py` has it, with the set-up's values."""
+
+    def __init__(self, setup: dict[str, Any]):
+        super().__init__()
+        model = huggingface.read_model(setup["folder"])
+        step, optimizer = train.build_step(step_config(setup), model.config)
+        self.mesh = make_mesh(devices=jax.devices()[:1])
+        batch = global_batch(read_batch(setup["inputs"]), self.mesh)
+        with jax.set_mesh(self.mesh), naive_maxsim() if setup["naive"] else nullcontext():
+            state = train.abstract_state(model.config, optimizer, self.mesh)
+            self.program = self.compile(step, state, batch)
+            if setup["naive"]:
+                return  # only its memory is asked for
+            weights = huggingface.read_weights(setup["folder"], model, seed=0)
+            params = {"model": weights, "loss": {}}
+            self.batch, self.state = batch, train.place_state(params, optimizer, state)
+
+    def run(self) -> dict[str, float]:
+        """Forward, backward, update."""
+        with jax.set_mesh(self.mesh):
+            self.state, metrics = jax.block_until_ready(self.program(self.state, self.batch))
+        names = ("loss", "grad_norm", "tokens", "real_tokens")
+        return {name: float(metrics[name]) for name in names}
+
+
+def naive_maxsim() -> Any:
+    """Puts the definition of MaxSim, all similarities at once, in the place of ours."""
+
+    def all_at_once(queries, documents, query_mask, document_mask, masked, *_):
+        return maxsim.maxsim_all_pairs_reference(
+            queries, documents, query_mask, document_mask, masked
+        )
+
+    return mock.patch.object(train, "maxsim_global", all_at_once)
+
+
+def step_config(setup: dict[str, Any]) -> dict[str, Any]:
+    """The config of phase 1 with the set-up's values, as plain values."""
+    config = runpy.run_path(str(PRETRAIN))["get_config"]()
+    config.input.batch_size = setup["pairs"]
+    for name in ("dtype", "micro_batch", "query_length", "document_length"):
+        config.model[name] = setup[name]
+    for name in ("lengths", "remat", "scan_layers"):
+        if setup.get(name) is not None:
+            config.model[name] = setup[name]
+    if setup["naive"]:
+        config.model.update(micro_batch=0, lengths=1, remat="none")
+    config.loss.masked_similarity = setup["masked_similarity"]
+    plain: dict[str, Any] = config.to_dict()
+    return plain
+
+
+def read_batch(path: str) -> dict[str, Any]:
+    """The batch as the training loop gets it."""
+    with np.load(path) as arrays:
+        sides = {
+            side: {
+                name: arrays[f"{side}_{name}"]
+                for name in ("input_ids", "attention_mask", "scoring_mask")
+            }
+            for side in ("query", "document")
+        }
+    sides["document"] = {name: x[:, None] for name, x in sides["document"].items()}
+    return sides
+
+
+if __name__ == "__main__":
+    serve(build)
