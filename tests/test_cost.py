@@ -1,0 +1,185 @@
+"""FLOPs, bytes and times by shape, against XLA's count and against numbers by hand."""
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from colbert_jax.colbert import ColbertConfig, DenseConfig, make_embed, param_shapes
+from colbert_jax.cost import (
+    CHIPS,
+    Work,
+    encoder_flops,
+    encoder_work,
+    maxsim_work,
+    network_bandwidth,
+    parameter_count,
+    recomputed_flops,
+    roofline,
+    step_work,
+)
+from colbert_jax.maxsim import maxsim_all_pairs_reference, maxsim_candidates
+from colbert_jax.modernbert import ModernBertConfig
+
+MODEL = ColbertConfig(
+    ModernBertConfig(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        local_attention=32,
+    ),
+    (DenseConfig(128, 64, use_residual=True), DenseConfig(64, 32)),
+)
+SETTINGS = {"dtype": "float32", "micro_batch": 0, "remat": "full"}
+
+
+def xla_flops(function: Any, *arguments: Any) -> float:
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+
+def pretrain() -> dict[str, Any]:
+    file = Path(__file__).parents[1] / "configs" / "pretrain.py"
+    return json.loads(runpy.run_path(str(file))["get_config"]().to_json())
+
+
+def test_encoder_is_xlas_count_without_what_is_no_product() -> None:
+    texts, length = 8, 96
+    ids = jax.ShapeDtypeStruct((texts, length), jnp.int32)
+    mask = jax.ShapeDtypeStruct((texts, length), jnp.bool_)
+    counted = xla_flops(make_embed(MODEL), param_shapes(MODEL), ids, mask)
+    ours = encoder_flops(MODEL, texts, length)
+    # Norms, softmax, GELU and rotary angles are the rest.
+    assert ours < counted < 1.1 * ours
+
+
+def test_backward_pass_is_two_forward_passes() -> None:
+    texts, length = 8, 96
+    ids, mask = jnp.zeros((texts, length), jnp.int32), jnp.ones((texts, length), bool)
+    embed = make_embed(MODEL)
+
+    def loss(params: Any) -> jax.Array:
+        return jnp.square(embed(params, ids, mask)[:, :3]).sum()
+
+    counted = xla_flops(jax.grad(loss), param_shapes(MODEL))
+    ours = encoder_work(MODEL, texts, length, SETTINGS)
+    assert ours.model_flops == ours.hardware_flops == 3 * encoder_flops(MODEL, texts, length)
+    assert ours.model_flops < counted < 1.1 * ours.model_flops
+
+
+@pytest.mark.parametrize(
+    ("settings", "lengths", "share"),
+    [
+        ({"remat": "full", "micro_batch": 2}, 1, 1.0),
+        ({"remat": "full", "micro_batch": 0}, 4, 1.0),
+        ({"remat": "full", "micro_batch": 0}, 1, 0.0),
+        ({"remat": "none", "micro_batch": 2}, 4, 0.0),
+    ],
+)
+def test_what_is_computed_again(settings: dict[str, Any], lengths: int, share: float) -> None:
+    again = recomputed_flops(MODEL, 8, 96, settings, lengths)
+    assert again == share * encoder_flops(MODEL, 8, 96)
+
+
+def test_kept_names_leave_the_logits() -> None:
+    again = recomputed_flops(MODEL, 8, 96, {"remat": "names", "micro_batch": 2}, 1)
+    assert again == 4 * 8 * 2 * 96 * 96 * 128
+
+
+def test_maxsim_forward_is_xlas_count() -> None:
+    queries, documents = (6, 8, 128), (10, 24, 128)
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (queries, documents)]
+    masks = [jax.ShapeDtypeStruct(s[:2], jnp.bool_) for s in (queries, documents)]
+    counted = xla_flops(maxsim_all_pairs_reference, *arguments, *masks)
+    work = maxsim_work(queries, documents, kept=True, accelerator=True)
+    forward = work.hardware_flops / 3
+    assert forward == 2 * 6 * 10 * 8 * 24 * 128
+    assert forward < counted < 1.1 * forward
+
+
+def test_maxsim_with_winners_found_again_and_on_cpu() -> None:
+    shapes = (6, 8, 128), (10, 24, 128)
+    forward, sparse = 2 * 6 * 10 * 8 * 24 * 128, 4 * 6 * 10 * 8 * 128
+    for kept, accelerator, expected in (
+        (True, True, 3 * forward),
+        (False, True, 4 * forward),
+        (True, False, forward + sparse),
+        (False, False, 2 * forward + sparse),
+    ):
+        work = maxsim_work(*shapes, kept=kept, accelerator=accelerator)
+        assert work.hardware_flops == expected and work.model_flops == forward + sparse
+
+
+def test_candidates_are_differentiated_by_two_products() -> None:
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((6, 8, 128), (6, 4, 24, 128))]
+    masks = [jnp.ones((6, 8), bool), jnp.ones((6, 4, 24), bool)]
+
+    def loss(*embeddings: jax.Array) -> jax.Array:
+        return maxsim_candidates(*embeddings, *masks).sum()
+
+    counted = xla_flops(jax.value_and_grad(loss, argnums=(0, 1)), *arguments)
+    forward = 2 * 6 * 4 * 8 * 24 * 128
+    assert 3 * forward < counted < 3.5 * forward
+
+
+def test_step_splits_over_chips_except_for_the_documents_that_a_chip_meets() -> None:
+    config = pretrain()
+    model = ColbertConfig(ModernBertConfig(), (DenseConfig(768),))
+    one = step_work(config, model, {"data": 1, "fsdp": 1, "tensor": 1}, accelerator=True)
+    for sizes in ((16, 1, 1), (4, 4, 1)):
+        mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+        share = step_work(config, model, mesh, accelerator=True)
+        assert share.model_flops * 16 == pytest.approx(one.model_flops)
+    # 110 M parameters behind the table, 6 FLOPs a parameter and token, and attention.
+    tokens = 16_384 * (39 + 187)
+    products = parameter_count(model) - 50368 * 768
+    assert one.model_flops > 6 * tokens * products
+    assert one.model_flops < 1.3 * 6 * tokens * products
+
+
+def test_one_more_pass_for_what_does_not_fit() -> None:
+    config = pretrain()
+    model = ColbertConfig(ModernBertConfig(), (DenseConfig(768),))
+    mesh = {"data": 16, "fsdp": 1, "tensor": 1}
+    gathered = step_work(config, model, mesh, accelerator=True)
+    config["loss"]["exchange"] = "ring"
+    config["model"]["remat"] = "none"
+    ring = step_work(config, model, mesh, accelerator=True)
+    assert ring.model_flops == gathered.model_flops
+    assert ring.hardware_flops < gathered.hardware_flops
+
+
+@pytest.mark.parametrize(
+    ("kind", "extents", "gigabytes"),
+    [
+        ("v5e", (1, 1), 50),
+        ("v5e", (2, 2), 100),
+        ("v5e", (16, 16), 200),
+        ("v5e", (4, 16), 150),
+        ("v5p", (2, 2, 2), 300),
+        ("v5p", (4, 4, 4), 600),
+        ("v5p", (2, 4, 4), 300),
+    ],
+)
+def test_links_that_a_slice_has(kind: str, extents: tuple[int, ...], gigabytes: float) -> None:
+    assert network_bandwidth(CHIPS[kind], extents) == pytest.approx(gigabytes * 1e9)
+
+
+def test_roofline_adds_the_network_to_the_longer_of_the_other_two() -> None:
+    sent = {"all-gather": 100e9, "collective-permute": 50e9}
+    seconds = roofline(Work(1.0, 394e12, 819e9), sent, CHIPS["v5e"], (2, 2))
+    assert dataclasses.astuple(seconds) == pytest.approx((2.0, 1.0, 2.0))
+    assert seconds.step == pytest.approx(4.0)
+
+
+def test_handovers_hide_behind_maxsim() -> None:
+    work = Work(1.0, 394e12, 819e9, score_flops=0.6 * 197e12)
+    seconds = roofline(work, {"collective-permute": 50e9}, CHIPS["v5e"], (2, 2))
+    assert seconds.network == pytest.approx(0.4)
+    assert roofline(work, {"collective-permute": 5e9}, CHIPS["v5e"], (2, 2)).network == 0
