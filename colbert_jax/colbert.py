@@ -97,8 +97,15 @@ def normalize(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
 class Colbert(nnx.Module):
     """Token ids to token embeddings; queries and documents go the same way."""
 
-    def __init__(self, config: ColbertConfig, scan_layers: bool = False, *, rngs: nnx.Rngs):
-        self.encoder = ModernBert(config.encoder, scan_layers, rngs=rngs)
+    def __init__(
+        self,
+        config: ColbertConfig,
+        scan_layers: bool = False,
+        keep_products: bool = False,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.encoder = ModernBert(config.encoder, scan_layers, keep_products, rngs=rngs)
         self.projection = nnx.List([Dense(dense, rngs=rngs) for dense in config.projection])
 
     def __call__(
@@ -130,8 +137,13 @@ def init_params(config: ColbertConfig, seed: int | jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
-def _split(config: ColbertConfig, scan_layers: bool = False) -> tuple[Any, Any]:
-    return nnx.split(nnx.eval_shape(lambda: Colbert(config, scan_layers, rngs=nnx.Rngs(0))))
+def _split(
+    config: ColbertConfig, scan_layers: bool = False, keep_products: bool = False
+) -> tuple[Any, Any]:
+    def make() -> Colbert:
+        return Colbert(config, scan_layers, keep_products, rngs=nnx.Rngs(0))
+
+    return nnx.split(nnx.eval_shape(make))
 
 
 def param_axes(config: ColbertConfig) -> Params:
@@ -154,7 +166,10 @@ def scanned_params(config: ColbertConfig, params: Params) -> Params:
 
 
 def make_embed(
-    config: ColbertConfig, dtype: jnp.dtype | str = jnp.float32, scan_layers: bool = False
+    config: ColbertConfig,
+    dtype: jnp.dtype | str = jnp.float32,
+    scan_layers: bool = False,
+    keep_products: bool = False,
 ) -> Embed:
     """Makes the pure function `embed(params, input_ids, attention_mask) -> token_embeddings`.
 
@@ -166,8 +181,10 @@ def make_embed(
       dtype: of the arithmetic; the embeddings are float32.
       scan_layers: whether layers are repeated by a loop, compiled once, and not one by one. The
         function then takes `scanned_params`.
+      keep_products: whether the backward pass is handed only the matrix products of a layer and
+        computes the rest of it again, or is handed everything.
     """
-    graphdef, _ = _split(config, scan_layers)
+    graphdef, _ = _split(config, scan_layers, keep_products)
     dtype = jnp.dtype(dtype)
 
     def embed(

@@ -121,13 +121,15 @@ def recomputed_flops(
     model: ColbertConfig, texts: int, length: int, settings: Mapping[str, Any], lengths: int
 ) -> float:
     """FLOPs that the backward pass of an encoder spends on its forward pass, by `remat`."""
+    if settings["remat"] == "none":
+        return 0.0
+    # Of a layer, the logits: all other products are kept.
+    layers, hidden = model.encoder.num_hidden_layers, model.encoder.hidden_size
+    again = float(texts * length) * layers * 2 * length * hidden
     in_parts = 0 < settings["micro_batch"] < texts or lengths > 1
     if settings["remat"] == "full" and in_parts:
-        return encoder_flops(model, texts, length)
-    if settings["remat"] == "names":  # the logits; all other products are kept
-        layers, hidden = model.encoder.num_hidden_layers, model.encoder.hidden_size
-        return float(texts * length) * layers * 2 * length * hidden
-    return 0.0
+        again += encoder_flops(model, texts, length)
+    return again
 
 
 @functools.cache

@@ -386,8 +386,18 @@ def _tile(queries: tuple[int, ...], documents: tuple[int, ...]) -> tuple[int, in
     # A CPU is fastest with one document against many queries; a matrix unit does not mind, and a
     # square tile reads the least.
     wanted = pairs if kind == "cpu" else math.isqrt(pairs)
-    per_query_tile = min(count, max(wanted, pairs // total, 1))
-    return per_query_tile, min(total, max(pairs // per_query_tile, 1))
+    per_query_tile = _even(count, max(wanted, pairs // total, 1))
+    return per_query_tile, _even(total, max(pairs // per_query_tile, 1))
+
+
+def _even(count: int, most: int) -> int:
+    """The largest size up to `most` that divides `count`, which then needs no padding.
+
+    Where none is near, `most`: a tile partly of zeros costs less than many small ones.
+    """
+    most = min(count, most)
+    divisor = next(size for size in range(most, 0, -1) if count % size == 0)
+    return divisor if 2 * divisor > most else most
 
 
 def _cut(x: Array, size: int) -> Array:

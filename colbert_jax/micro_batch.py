@@ -16,19 +16,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from colbert_jax.colbert import Embed, Params
-from colbert_jax.modernbert import PRODUCTS
 
 Tokens = dict[str, Array]  # input_ids[B, T] int32, attention_mask[B, T], scoring_mask[B, T] bool
 Encode = Callable[..., tuple[Float[Array, "B T D"], Int[Array, ""]]]
-
-REMAT = ("full", "names", "none")
 
 
 def make_encode(
     embed: Embed,
     micro_batch: int = 0,
     lengths: int | Sequence[int] = 1,
-    remat: str = "full",
+    recompute: bool = True,
     dtype: jnp.dtype | str = jnp.float32,
 ) -> Encode:
     """Makes the function that embeds one device's share of a batch.
@@ -40,9 +37,8 @@ def make_encode(
       lengths: the static lengths that sorted texts are encoded in, or how many, which are then
         spread evenly; 1 encodes all at full length. Each is one more copy of the encoder in the
         program.
-      remat: what the backward pass computes again. "full": everything, a micro-batch at a time.
-        "names": all but the matrix products (`modernbert.PRODUCTS`), which are kept. "none":
-        nothing, the activations of all texts are kept. The last two keep room for every length.
+      recompute: whether the backward pass encodes each micro-batch again, or is handed the
+        activations of all texts, with room for every length.
       dtype: of the embeddings that are kept; that of the encoder's arithmetic loses nothing
         that it had.
 
@@ -78,10 +74,10 @@ def make_encode(
 
         encoders = [_at_length(embed, length, longest, dtype) for length in choices]
         parts = (ids[order].reshape(-1, size, longest), mask[order].reshape(-1, size, longest))
-        if remat == "full" and (size < count or len(choices) > 1):
+        if recompute and (size < count or len(choices) > 1):
             embedded = _recomputing(encoders)(params, *parts, choice)
         else:
-            embedded = _keeping(encoders, remat)(params, *parts, choice)
+            embedded = _keeping(encoders)(params, *parts, choice)
         embedded = embedded.reshape(count, longest, -1)
         if len(choices) > 1:
             embedded = _reorder(embedded, jnp.argsort(order), order)
@@ -140,11 +136,8 @@ def _at_length(embed: Embed, length: int, longest: int, dtype: Any) -> Embed:
     return encode
 
 
-def _keeping(encoders: list[Embed], remat: str) -> Callable:
-    """Micro-batches in turn, differentiated by JAX: for policies that keep activations."""
-    if remat == "names":
-        policy = jax.checkpoint_policies.save_only_these_names(*PRODUCTS)
-        encoders = [jax.checkpoint(encoder, policy=policy) for encoder in encoders]
+def _keeping(encoders: list[Embed]) -> Callable:
+    """Micro-batches in turn, differentiated by JAX, which keeps their activations."""
 
     def encode_parts(params, ids, mask, choice):
         def encode_part(part):
@@ -165,7 +158,7 @@ def _recomputing(encoders: list[Embed]) -> Callable:
 
     @jax.custom_vjp
     def encode_parts(params, ids, mask, choice):
-        return _keeping(encoders, "none")(params, ids, mask, choice)
+        return _keeping(encoders)(params, ids, mask, choice)
 
     def forward(params, ids, mask, choice):
         return encode_parts(params, ids, mask, choice), (params, ids, mask, choice)

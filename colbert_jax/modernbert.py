@@ -16,8 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from colbert_jax.sharding import Axes, constrain
 
-# The results of matrix products, by the names that a recomputation policy can keep them under.
-PRODUCTS = ("qkv", "attended", "out", "wi", "wo")
+# What the backward pass of a layer keeps where it computes the rest again: the results of matrix
+# products, under the names that they have below. Attention's logits are not among them, which are
+# little arithmetic and, a number for each pair of tokens, most of the memory.
+PRODUCTS_KEPT = jax.checkpoint_policies.save_only_these_names("qkv", "attended", "out", "wi", "wo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,11 +237,20 @@ class ModernBert(nnx.Module):
 
     With `scan_layers`, the layers after layer 0 (which alone has no norm of its own) are one group
     (local, ..., local, global) that `jax.lax.scan` repeats over parameters that `stack_layers` has
-    stacked; those that make no whole group follow. A group is compiled once.
+    stacked; those that make no whole group follow. A group is compiled once. With `keep_products`,
+    the backward pass finds all but a layer's matrix products again from its input.
     """
 
-    def __init__(self, config: ModernBertConfig, scan_layers: bool = False, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModernBertConfig,
+        scan_layers: bool = False,
+        keep_products: bool = False,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.config = config
+        self.keep_products = keep_products
         self.tok_embeddings = init_weight(
             rngs,
             (config.vocab_size, config.hidden_size),
@@ -282,10 +293,17 @@ class ModernBert(nnx.Module):
 
         def apply(layer: Layer, index: int, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
             if config.is_global(index):
-                x = layer(x, global_mask, global_angles)
+                mask, angles = global_mask, global_angles
             else:
-                x = layer(x, local_mask, local_angles)
-            return constrain(x, "batch", "seq", None)
+                mask, angles = local_mask, local_angles
+
+            def refine(x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+                return constrain(layer(x, mask, angles), "batch", "seq", None)
+
+            if self.keep_products:
+                # Inside the loop over layers: around it, all would be found again at once.
+                refine = jax.checkpoint(refine, policy=PRODUCTS_KEPT)
+            return refine(x)
 
         x = apply(self.layers[0], 0, x)
         grouped = 0

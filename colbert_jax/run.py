@@ -18,13 +18,13 @@ from colbert_jax.errors import UserError
 from colbert_jax.export import export_run
 from colbert_jax.huggingface import Model
 from colbert_jax.metric_log import MetricLog, draw_curves
-from colbert_jax.micro_batch import REMAT
 from colbert_jax.results import Results, average, read_results, results_table, write_json
 from colbert_jax.retrieval.collection import Collection, read_beir
 from colbert_jax.retrieval.evaluator import evaluate_bm25, make_evaluator
 from colbert_jax.sharding import join_hosts, make_mesh
 from colbert_jax.start import CONFIG_FILE, is_run, open_model, start_state
 from colbert_jax.train import (
+    REMAT,
     abstract_state,
     build_step,
     check_batch,

@@ -41,6 +41,11 @@ Batch = dict[str, Any]  # {"query": tokens, "document": tokens, "scores": teache
 Metrics = dict[str, Float[Array, ""]]
 LossFn = Callable[[Params, Batch], tuple[Float[Array, ""], Metrics]]
 
+# What the backward pass of the encoder is handed. "full": only the texts of a micro-batch, which it
+# encodes again, keeping matrix products of that one. "names": matrix products of all texts. "none":
+# every activation.
+REMAT = ("full", "names", "none")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -73,7 +78,8 @@ def build_step(
         lengths to; without, these are spread evenly.
     """
     settings = config["model"]
-    embed = make_embed(model, settings["dtype"], settings["scan_layers"])
+    keep_products = settings["remat"] != "none"
+    embed = make_embed(model, settings["dtype"], settings["scan_layers"], keep_products)
 
     def encode_of(side: str) -> Encode:
         lengths: int | tuple[int, ...] = settings["lengths"]
@@ -81,9 +87,8 @@ def build_step(
             lengths = 1  # all are of full length: others would be compiled and never used
         elif sample is not None:
             lengths = fit_lengths(sample[side], settings[f"{side}_length"], settings["lengths"])
-        return make_encode(
-            embed, settings["micro_batch"], lengths, settings["remat"], settings["dtype"]
-        )
+        recompute = settings["remat"] == "full"
+        return make_encode(embed, settings["micro_batch"], lengths, recompute, settings["dtype"])
 
     loss_fn = make_loss_fn(
         config["loss"],
