@@ -5,16 +5,19 @@ program that a pod would run: it says how much memory a chip needs and what chip
 Time is predicted by a roofline (`cost.py`), not measured.
 """
 
+import concurrent.futures
+import copy
 import dataclasses
 import difflib
 import importlib.util
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +82,8 @@ class Report:
       mesh: sizes of the mesh axes.
       batch_size: queries of a step.
       memory: on one chip; None where XLA gave up without saying what it needs.
-      fits: whether that is no more than the chip has; True where that is not known.
+      capacity: bytes that a chip has; None where that is not known.
+      fits: whether memory is no more than that; True where it is not known.
       work: FLOPs and memory traffic of one chip, from shapes.
       traffic: what it sends; None where the program did not compile.
       seconds: the roofline; None where the chip is not known or the program did not compile.
@@ -92,6 +96,7 @@ class Report:
     mesh: dict[str, int]
     batch_size: int
     memory: Memory | None
+    capacity: float | None
     fits: bool
     work: Work
     traffic: Traffic | None
@@ -100,13 +105,17 @@ class Report:
     notes: tuple[str, ...]
 
 
-def compile_ahead(config: ConfigDict, topology: str, as_json: bool = False) -> int:
+def compile_ahead(
+    config: ConfigDict, topology: str, as_json: bool = False, full_effort: bool = False
+) -> int:
     """Compiles a run's step for a topology and prints what it costs.
 
     Args:
       config: what a file in `configs/` makes.
       topology: "v5e:4x4" and the like, or "local" for the devices at hand.
       as_json: whether to print one JSON object instead of a table.
+      full_effort: whether XLA for TPU optimises as hard as it does for training, which takes
+        several times as long; the memory that it arrives at differs by a few hundredths.
 
     Returns:
       The program's exit status: 0, or 1 where the step does not fit in memory.
@@ -116,22 +125,60 @@ def compile_ahead(config: ConfigDict, topology: str, as_json: bool = False) -> i
     """
     plain = json.loads(config.to_json())
     check_settings(plain)
-    model = model_config(plain)
-    devices = topology_devices(topology)
-    mesh = choose_mesh(plain["mesh"], devices)
-    check_batch(plain, mesh)
-    logger.info(
-        "compiling for %d of %d devices of %s (full size takes minutes)",
-        mesh.size,
-        len(devices),
-        topology,
-    )
-    report = measure(plain, model, mesh, topology)
+    model_config(plain)
+    if topology == "local":
+        attempt = report_here
+    else:
+        check_topology(topology)
+        attempt = report_apart
+    logger.info("compiling for %s", topology)
+    report = attempt(plain, topology, full_effort)
     print(json.dumps(report_json(report)) if as_json else report_table(report))
     if report.fits:
         return 0
-    logger.error("error: %s", advice(report, plain))
+    advice = find_advice(report, plain, lambda other: attempt(other, topology, full_effort))
+    logger.error("error: %s", advice)
     return DOES_NOT_FIT_STATUS
+
+
+def report_here(config: dict[str, Any], topology: str, full_effort: bool) -> Report:
+    """Compiles in this process.
+
+    Args:
+      config: the run's, as plain values.
+      topology: as in `compile_ahead`.
+      full_effort: likewise; for "local" always.
+
+    Raises:
+      UserError: the mesh does not fit the topology, or the batch the mesh.
+    """
+    devices = topology_devices(topology)
+    mesh = choose_mesh(config["mesh"], devices)
+    check_batch(config, mesh)
+    if topology != "local" and not full_effort:
+        jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    report = measure(config, model_config(config), mesh, topology)
+    if topology != "local" and not full_effort:
+        note = "XLA compiled with least effort; --full_effort, minutes, does as training does."
+        report = dataclasses.replace(report, notes=(*report.notes, note))
+    return report
+
+
+def report_apart(config: dict[str, Any], topology: str, full_effort: bool) -> Report:
+    """Compiles in a process of its own, which libtpu ends where it meets what it does not expect.
+
+    Arguments and errors are those of `report_here`; `UserError` also where the process ends.
+    """
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(report_here, config, topology, full_effort).result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise UserError(
+                f"XLA's compiler for --topology={topology} ended before it was done; its last "
+                "lines stand above. Where they name no cause, it may lack memory: try "
+                "--config.model.lengths=1."
+            ) from error
 
 
 def model_config(config: dict[str, Any]) -> ColbertConfig:
@@ -262,22 +309,30 @@ def measure(config: dict[str, Any], model: ColbertConfig, mesh: Mesh, topology: 
             seconds = roofline(work, traffic.bytes_by_kind(), chip, slice_extents(mesh, chip))
     elif wanted:
         memory = Memory(wanted)
-    fits = compiled is not None and (
-        chip is None or memory is None or memory.total <= chip.hbm_bytes
-    )
+    capacity = chip.hbm_bytes if chip else device_memory(device)
+    within = memory is None or capacity is None or memory.total <= capacity
     return Report(
         topology=topology,
         chip=chip,
         mesh=sizes,
         batch_size=config["input"]["batch_size"],
         memory=memory,
-        fits=fits,
+        capacity=capacity,
+        fits=compiled is not None and within,
         work=work,
         traffic=traffic,
         seconds=seconds,
         compile_seconds=took,
         notes=notes(config, traffic),
     )
+
+
+def device_memory(device: jax.Device) -> float | None:
+    """Bytes that a device at hand can give; processors share the machine's."""
+    if device.platform == "cpu":
+        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+        return pages * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count() if pages else None
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def compile_step(
@@ -333,20 +388,53 @@ def notes(config: dict[str, Any], traffic: Traffic | None) -> tuple[str, ...]:
     return tuple(found)
 
 
-def advice(report: Report, config: dict[str, Any]) -> str:
-    """One sentence: what does not fit, and what may."""
-    chip, memory = report.chip, report.memory
+def find_advice(
+    report: Report, config: dict[str, Any], attempt: Callable[[dict[str, Any]], Report]
+) -> str:
+    """One sentence: what does not fit, and the first of some changes that does.
+
+    Args:
+      report: of what does not fit.
+      config: the run's, as plain values.
+      attempt: compiles another config.
+    """
+    memory, capacity = report.memory, report.capacity
     needs = f"{_gib(memory.total)} GiB" if memory else "more memory"
-    has = f"of which a {chip.name} chip has {_gib(chip.hbm_bytes)}" if chip else "than there is"
-    ways = []
-    micro_batch, loss = config["model"]["micro_batch"], config["loss"]
-    texts = report.batch_size // (report.mesh["data"] * report.mesh["fsdp"])
-    if smaller := (micro_batch or texts) // 2:
-        ways.append(f"--config.model.micro_batch={smaller}")
-    if loss["kind"] == "contrastive" and loss["exchange"] == "gather":
-        ways.append("--config.loss.exchange=ring")
-    ways.append("more chips")
-    return f"the step needs {needs}, {has}: try {', '.join(ways[:-1])} or {ways[-1]}."
+    has = f"of which a device has {_gib(capacity)}" if capacity else "than there is"
+    tried = []
+    for changes in smaller_steps(report, config):
+        changed = copy.deepcopy(config)
+        for key, value in changes.items():
+            section, name = key.split(".")
+            changed[section][name] = value
+        flags = " ".join(f"--config.{key}={value}" for key, value in changes.items())
+        logger.info("that does not fit; trying %s", flags)
+        other = attempt(changed)
+        if other.fits:
+            total = f" ({_gib(other.memory.total)} GiB)" if other.memory else ""
+            return f"the step needs {needs}, {has}: {flags} fits{total}."
+        tried.append(flags)
+    failed = f"{' and '.join(tried)} did not fit either: " if tried else ""
+    return f"the step needs {needs}, {has}: {failed}take more devices."
+
+
+def smaller_steps(report: Report, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Changes of a config that compute the same with less memory, the cheapest first."""
+    size, per_query = config["input"]["batch_size"], config["input"]["max_documents"]
+    shards = report.mesh["data"] * report.mesh["fsdp"]
+    changes: dict[str, Any] = {}
+    micro_batch = config["model"]["micro_batch"] or size * per_query // shards
+    for _ in range(2):
+        if micro_batch % 4 == 0:
+            micro_batch //= 4
+            changes = changes | {"model.micro_batch": micro_batch}
+            yield changes
+    if report.mesh["data"] > 1:  # the same devices, which now share the state too
+        changes = changes | {"mesh.data": 1, "mesh.fsdp": shards}
+        yield changes
+    gathers = config["loss"]["kind"] == "contrastive" and config["loss"]["exchange"] == "gather"
+    if shards > 1 and gathers:
+        yield changes | {"loss.exchange": "ring"}
 
 
 def report_json(report: Report) -> dict[str, Any]:
@@ -360,7 +448,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "batch_size": report.batch_size,
         "fits": report.fits,
         "memory_bytes": dataclasses.asdict(report.memory) if report.memory else None,
-        "hbm_bytes": chip.hbm_bytes if chip else None,
+        "hbm_bytes": report.capacity,
         "model_flops": report.work.model_flops,
         "hardware_flops": report.work.hardware_flops,
         "hbm_traffic_bytes": report.work.memory_bytes,
@@ -397,9 +485,9 @@ def report_table(report: Report) -> str:
 
 def memory_rows(report: Report) -> list[tuple[str, str]]:
     """The rows about what a chip must hold."""
-    memory, chip = report.memory, report.chip
+    memory, capacity = report.memory, report.capacity
     total = f"{_gib(memory.total)} GiB" if memory else "-"
-    rows = [("memory", f"{total} of {_gib(chip.hbm_bytes) if chip else '-'}")]
+    rows = [("memory", f"{total} of {_gib(capacity) if capacity else '-'}")]
     if memory and memory.arguments is not None:
         rows += [
             ("  state and batch", f"{_gib(memory.arguments)} GiB"),

@@ -46,15 +46,16 @@ class Chip:
     kind: str
 
 
-# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables "system architecture"; ICI is given there in
-# Gbit/s a chip: 2400, 1600, 4800, 3584.
+# docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables "system architecture". ICI stands there
+# for both directions together (400 and 800 GB/s for v5e and v6e) or in Gbit/s (2400 for v4, 4800
+# for v5p).
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", 275e12, 32 * 2**30, 1228e9, 300e9, 3, 4096, "TPU v4"),
         Chip("v5e", 197e12, 16 * 2**30, 819e9, 200e9, 2, 256, "TPU v5 lite"),
         Chip("v5p", 459e12, 95 * 2**30, 2765e9, 600e9, 3, 8960, "TPU v5"),
-        Chip("v6e", 918e12, 32 * 2**30, 1640e9, 448e9, 2, 256, "TPU v6 lite"),
+        Chip("v6e", 918e12, 32 * 2**30, 1638e9, 400e9, 2, 256, "TPU v6 lite"),
     )
 }
 

@@ -48,8 +48,9 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
     Raises:
       UserError: anything in config, data or folders that the user has to mend.
     """
-    join_hosts()
     plain = json.loads(config.to_json())
+    keep_compiled(plain["compilation_cache"])
+    join_hosts()
     check_settings(plain)
     mesh = make_mesh(**plain["mesh"])
     check_batch(plain, mesh)
@@ -145,6 +146,16 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
         draw_curves(workdir)
         finish(config, int(state.step), workdir, results)
     return results
+
+
+def keep_compiled(folder: str) -> None:
+    """Has JAX keep compiled programs in a folder, for a run that goes on or is like an earlier one.
+
+    A folder that is chosen already, by `JAX_COMPILATION_CACHE_DIR` say, stays. One that cannot be
+    written is warned about and does no harm.
+    """
+    if folder and not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
 
 
 def open_workdir(workdir: str | Path) -> Path:

@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
     config.log_every_steps = 10
     config.export = True  # when the last step is done, to <workdir>/export-<step>
     config.next_command = ""  # printed at the end
+    config.compilation_cache = "~/.cache/colbert_jax/compiled"  # of XLA's programs; "": none
 
     # Devices along each axis; their product is the number of devices, -1 is all that are left.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
         "python launch/train.py --config=configs/quickstart.py --config.total_steps=1000 "
         "--workdir=runs/quickstart-1000"
     )
+    config.compilation_cache = "~/.cache/colbert_jax/compiled"  # of XLA's programs; "": none
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 

@@ -16,13 +16,14 @@ import pytest
 from colbert_jax import ahead
 from colbert_jax.ahead import (
     accelerator_type,
-    advice,
     check_topology,
     choose_mesh,
     compile_ahead,
+    find_advice,
     measure,
     model_config,
     program_memory,
+    report_apart,
     report_json,
     report_table,
     slice_extents,
@@ -34,6 +35,8 @@ from colbert_jax.collectives import read_traffic
 from colbert_jax.cost import CHIPS, step_traffic
 from colbert_jax.errors import UserError
 from colbert_jax.modernbert import ModernBertConfig
+from colbert_jax.sharding import make_mesh
+from colbert_jax.train import check_batch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -149,7 +152,9 @@ def test_compile_ahead_prints_one_json_object(capsys: pytest.CaptureFixture[str]
 
 
 def test_what_does_not_fit_ends_with_status_1_and_advice(
-    gathered: ahead.Report, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     exhausted = jax.errors.JaxRuntimeError(
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
@@ -163,14 +168,63 @@ def test_what_does_not_fit_ends_with_status_1_and_advice(
     step = SimpleNamespace(lower=lambda *_: Lowered())
     optimizer = ahead.build_step(tiny(), model_config(tiny()))[1]
     monkeypatch.setattr(ahead, "build_step", lambda *_: (step, optimizer))
-    status = compile_ahead(config_of("quickstart"), "local")
-    output = capsys.readouterr().out
+    status = compile_ahead(config_of("quickstart", **{"mesh.data": 2}), "local")
+    output, said = capsys.readouterr().out, caplog.text
     assert status == 1 and "DOES NOT FIT" in output and "19.71 GiB" in output
-    report = dataclasses.replace(report_of(tiny()), chip=CHIPS["v5e"])
-    sentence = advice(report, tiny() | {"model": {"micro_batch": 64}})
-    assert "needs 19.71 GiB" in sentence and "16.00" in sentence
-    for way in ("--config.model.micro_batch=32", "--config.loss.exchange=ring", "more chips"):
-        assert way in sentence
+    assert "needs 19.71 GiB" in said and "take more devices" in said
+
+
+def test_advice_is_the_first_change_that_was_seen_to_fit(gathered: ahead.Report) -> None:
+    memory = ahead.Memory(19.71 * 2**30)
+    report = dataclasses.replace(gathered, memory=memory, capacity=16 * 2**30, fits=False)
+    config = tiny()
+    config["model"]["micro_batch"] = 64
+    seen: list[dict[str, Any]] = []
+
+    def attempt(changed: dict[str, Any]) -> ahead.Report:
+        seen.append(changed)
+        fits = changed["mesh"]["fsdp"] == 8
+        return dataclasses.replace(report, memory=ahead.Memory(8 * 2**30), fits=fits)
+
+    sentence = find_advice(report, config, attempt)
+    assert sentence == (
+        "the step needs 19.71 GiB, of which a device has 16.00: --config.model.micro_batch=4 "
+        "--config.mesh.data=1 --config.mesh.fsdp=8 fits (8.00 GiB)."
+    )
+    assert [c["model"]["micro_batch"] for c in seen] == [16, 4, 4]
+    assert config["model"]["micro_batch"] == 64  # what was asked for stays
+    sentence = find_advice(report, config, lambda _: report)
+    assert "--config.loss.exchange=ring did not fit either: take more devices" in sentence
+    for changed in seen:
+        check_batch(changed | {"input": {"batch_size": 512, "max_documents": 1}}, make_mesh())
+
+
+def test_a_compiler_that_ends_its_process_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "report_here", _abort)
+    with pytest.raises(UserError, match="v5e:4x4 ended before it was done"):
+        report_apart({}, "v5e:4x4", False)
+
+
+def _abort(*_: Any) -> None:
+    """As libtpu does."""
+    os.abort()
+
+
+def test_a_process_of_its_own_reports_and_refuses_as_this_one_does() -> None:
+    changes = {
+        "input.batch_size": 16,
+        "model.query_length": 8,
+        "model.document_length": 16,
+        "model.encoder.num_hidden_layers": 1,
+    }
+    config = json.loads(config_of("quickstart", **changes).to_json())
+    report = report_apart(config, "local", False)
+    assert report.fits and report.capacity is not None and report.capacity > 2**28
+    assert report.traffic is not None and report.traffic.bytes > 0  # it has 8 devices too
+    config["mesh"]["data"] = 3
+    config["mesh"]["fsdp"] = 5
+    with pytest.raises(UserError, match="does not fit 8 device"):
+        report_apart(config, "local", False)
 
 
 def test_what_xla_says_that_it_needs() -> None:

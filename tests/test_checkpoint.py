@@ -201,6 +201,7 @@ def tiny_config(files: tuple[str, ...], cache: Path) -> ConfigDict:
             "total_steps": 6,
             "log_every_steps": 1,
             "export": False,
+            "compilation_cache": "",
             "mesh": {"fsdp": 2},
             "input": {"corpus": "", "files": files, "batch_size": 8, "max_documents": 2},
             "model": {

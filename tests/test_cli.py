@@ -60,6 +60,7 @@ def test_train_ends_with_one_line_when_the_run_meets_a_users_error(tmp_path: Pat
         f"--config={ROOT}/configs/pretrain.py",
         "--config.input.files=('missing.jsonl',)",
         f"--config.input.cache_dir={tmp_path}/cache",
+        "--config.compilation_cache=",
         f"--workdir={tmp_path}/run",
         cwd=tmp_path,
     )
@@ -82,6 +83,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         f"--config={ROOT}/configs/quickstart.py",
         "--config.input.files=('pairs.jsonl',)",
         "--config.input.cache_dir=cache",
+        "--config.compilation_cache=compiled",
         "--config.input.batch_size=4",
         "--config.total_steps=2",
         "--config.evals.collections=()",
@@ -110,6 +112,11 @@ def test_train_takes_overrides_and_names_its_folder_by_the_config(
     assert kept["total_steps"] == 2 and kept["model"]["encoder"]["hidden_size"] == 16
     assert kept["input"]["files"] == ["pairs.jsonl"] and kept["evals"]["collections"] == []
     assert kept["loss"]["masked_similarity"] is None
+
+
+def test_the_compiled_step_is_kept(trained: tuple[Path, Any]) -> None:
+    folder, _ = trained
+    assert list((folder / "compiled").glob("jit_train_step-*"))
 
 
 def test_export_writes_a_folder_once(trained: tuple[Path, Any]) -> None:

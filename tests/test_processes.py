@@ -24,6 +24,7 @@ SETTINGS = {
     "model.encoder.hidden_size": 32,
     "model.encoder.intermediate_size": 48,
     "evals.collections": "()",
+    "compilation_cache": "",
     "checkpoint.every_steps": 2,
 }
 

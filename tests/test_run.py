@@ -38,6 +38,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def get_config(name: str, changes: dict[str, Any]) -> ConfigDict:
     """A real config with some values changed, as by overrides."""
     config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
+    config.compilation_cache = ""
     config.update(changes)
     return config
 
