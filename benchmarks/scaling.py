@@ -46,7 +46,12 @@ ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ),
     ("Phase 2, 4 v5e chips", "supervised", "v5e:2x2", {"init_from": BASE}),
     ("Phase 3, 4 v5e chips", "distill", "v5e:2x2", {"init_from": BASE}),
-    ("Phase 1 with ModernBERT-large, 4 v5e chips", "pretrain", "v5e:2x2", {"init_from": LARGE}),
+    (
+        "Phase 1 with ModernBERT-large, 4 v5e chips",
+        "pretrain",
+        "v5e:2x2",
+        {"init_from": LARGE, "model.micro_batch": 16, "mesh.data": 1, "mesh.fsdp": 4},
+    ),
 )
 
 # Slices of 8 to 1,024 chips; a v5e slice has at most 256.

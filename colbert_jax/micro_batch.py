@@ -32,8 +32,8 @@ def make_encode(
 
     Args:
       embed: parameters and tokens to token embeddings.
-      micro_batch: texts that are encoded at a time, a divisor of the texts of a device; 0, or more
-        than there are, encodes all at once.
+      micro_batch: texts that are encoded at a time; 0, or more than there are, encodes all at once.
+        The last micro-batch is filled up with texts of one token.
       lengths: the static lengths that sorted texts are encoded in, or how many, which are then
         spread evenly; 1 encodes all at full length. Each is one more copy of the encoder in the
         program.
@@ -47,24 +47,20 @@ def make_encode(
       D]` in the order of the texts, 0 beyond the length that a text was encoded in, and the number
       of tokens that the encoder has worked on, padding included. `axes` names the mesh axes that
       split the batch, where it runs inside a `shard_map`.
-
-      Raises `ValueError` where `micro_batch` does not divide the texts.
     """
 
     def encode(
         params: Params, tokens: Tokens, axes: tuple[str, ...] = ()
     ) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
-        ids, mask = tokens["input_ids"], tokens["attention_mask"]
-        count, longest = ids.shape
+        count, longest = tokens["input_ids"].shape
         size = min(micro_batch or count, count)
-        if count % size:
-            raise ValueError(f"micro-batches of {size} do not divide {count} texts")
+        tokens = jax.tree.map(lambda x: jnp.pad(x, ((0, -count % size), (0, 0))), tokens)
+        ids, mask, used = tokens["input_ids"], tokens["attention_mask"], used_lengths(tokens)
         if isinstance(lengths, int):
             choices = static_lengths(longest, lengths)
         else:
             choices = tuple(sorted({min(length, longest) for length in lengths} | {longest}))
-        used = used_lengths(tokens)
-        order = jnp.argsort(used) if len(choices) > 1 else jnp.arange(count)
+        order = jnp.argsort(used) if len(choices) > 1 else jnp.arange(len(used))
         longest_of_part = used[order].reshape(-1, size).max(axis=1)
         if axes:
             # All devices take the same length: they step together anyway, and where the model is
@@ -78,10 +74,10 @@ def make_encode(
             embedded = _recomputing(encoders)(params, *parts, choice)
         else:
             embedded = _keeping(encoders)(params, *parts, choice)
-        embedded = embedded.reshape(count, longest, -1)
+        embedded = embedded.reshape(len(used), longest, -1)
         if len(choices) > 1:
             embedded = _reorder(embedded, jnp.argsort(order), order)
-        return embedded, size * jnp.asarray(choices)[choice].sum()
+        return embedded[:count], size * jnp.asarray(choices)[choice].sum()
 
     return encode
 

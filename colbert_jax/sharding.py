@@ -20,7 +20,10 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 AXIS_RULES: dict[str | None, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),  # pairs of a global batch
-    "vocab": ("tensor",),  # rows of the embedding table
+    # Rows of the embedding table. Split over `tensor`, their gradient would be summed over devices
+    # inside the loop over micro-batches, a pattern that XLA for TPU has compiled wrongly
+    # (openxla/xla issue 49143).
+    "vocab": (),
     "embed": ("fsdp",),  # hidden size in parameters: sharded storage, gathered for use
     "heads": ("tensor",),  # attention heads
     "mlp": ("tensor",),  # intermediate size

@@ -276,25 +276,26 @@ def abstract_batch(config: Mapping[str, Any], mesh: Mesh) -> Batch:
 def check_batch(config: Mapping[str, Any], mesh: Mesh) -> None:
     """Checks that a global batch splits evenly over the mesh and into micro-batches.
 
+    Documents beyond a query's own need not: their last micro-batch is filled up.
+
     Raises:
       UserError: it does not, with the nearest setting that works.
     """
-    size, per_query = config["input"]["batch_size"], config["input"]["max_documents"]
-    micro_batch, shards = config["model"]["micro_batch"], batch_shards(mesh)
+    size, shards = config["input"]["batch_size"], batch_shards(mesh)
     if size % shards:
         near = max(round(size / shards), 1) * shards
         raise UserError(
             f"config.input.batch_size={size} does not split over {shards} devices (data x fsdp): "
             f"the nearest that does is {near}."
         )
-    for what, texts in (("queries", size // shards), ("documents", size * per_query // shards)):
-        if micro_batch and texts > micro_batch and texts % micro_batch:
-            divisors = [n for n in range(1, texts + 1) if texts % n == 0]
-            near = min(divisors, key=lambda n: abs(n - micro_batch))
-            raise UserError(
-                f"config.model.micro_batch={micro_batch} does not divide the {texts} {what} of a "
-                f"device: the nearest that does is {near}."
-            )
+    micro_batch, queries = config["model"]["micro_batch"], size // shards
+    if micro_batch and queries > micro_batch and queries % micro_batch:
+        divisors = [n for n in range(1, queries + 1) if queries % n == 0]
+        near = min(divisors, key=lambda n: abs(n - micro_batch))
+        raise UserError(
+            f"config.model.micro_batch={micro_batch} does not divide the {queries} queries of a "
+            f"device: the nearest that does is {near}."
+        )
 
 
 def init_state(

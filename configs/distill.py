@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.dtype = "bfloat16"  # of the arithmetic; parameters stay float32
-    config.model.micro_batch = 32  # texts each device encodes at a time; 0: all
+    config.model.micro_batch = 16  # texts each device encodes at a time; 0: all
     config.model.lengths = 8  # static lengths that sorted texts are encoded in; 1: all full
     config.model.remat = "full"  # computed again in the backward pass; "names", "none": less
     config.model.scan_layers = True  # a loop over layers, compiled once, or one by one

@@ -1,13 +1,22 @@
 """The benchmarks run at a tiny shape, keep their output's promise, and say what is wrong."""
 
 import json
+import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from jax.sharding import AbstractMesh
+
+from colbert_jax.ahead import check_topology, model_config
+from colbert_jax.run import check_settings
+from colbert_jax.sharding import MESH_AXES
+from colbert_jax.train import check_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_STEP = (
@@ -81,3 +90,53 @@ def test_a_wrong_argument_gives_one_sentence_and_status_2(name: str, flag: str, 
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and said in line
+
+
+# --- scaling.py ---
+
+
+@pytest.fixture(scope="module")
+def scaling() -> Any:
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "scaling.py")))
+
+
+def test_every_row_of_the_scaling_tables_is_a_step_that_its_slice_can_take(scaling: Any) -> None:
+    for _, name, topology, overrides in scaling.ROWS:
+        config = scaling.plain_config(name, overrides)  # refuses a key that there is not
+        check_settings(config)
+        model_config(config)
+        _, extents = check_topology(topology)
+        chips = math.prod(extents)
+        sizes = config["mesh"]
+        asked = math.prod(sizes.values())
+        data = sizes["data"] if asked > 0 else chips // (sizes["fsdp"] * sizes["tensor"])
+        assert data * sizes["fsdp"] * sizes["tensor"] <= chips
+        check_batch(config, AbstractMesh((data, sizes["fsdp"], sizes["tensor"]), MESH_AXES))
+
+
+def test_a_row_that_is_kept_is_not_compiled_again(scaling: Any, tmp_path: Path) -> None:
+    row = scaling.ROWS[0][1:]
+    kept = {"command": scaling.command_line(*row), "printed": "a table"}
+    (tmp_path / "row-0.json").write_text(json.dumps(kept))
+    assert scaling.kept_or_compiled(0, row, tmp_path) == "a table"
+
+
+def test_formulas_stand_beside_what_programs_send(scaling: Any) -> None:
+    printed = "topology  v5e:4x4, mesh data 16, fsdp 1, tensor 1\nall-gather sent  704.0 MiB\n"
+    printed += "".join(f"{kind} sent  0.0 MiB\n" for kind in ("reduce-scatter", "all-reduce"))
+    printed += "collective-permute sent  0.0 MiB\n"
+    text = scaling.comparison(["no table", "no table", printed, *["no table"] * 7])
+    (line,) = [line for line in text.splitlines() if "Phase 1, 16 v5e chips" in line]
+    # 16,384 documents of 187 tokens and 128 bfloat16, but for the sixteenth that a chip has.
+    assert f"{16_384 * 187 * 128 * 2 * 15 / 16 / 2**20:,.1f} / 704.0" in line
+
+
+def test_predicted_efficiency_starts_at_one_and_is_drawn(scaling: Any, tmp_path: Path) -> None:
+    for kind in ("v5e", "v5p"):
+        chips, values = scaling.efficiency(kind, 16_384, "gather")
+        assert chips[0] == 8 and values[0] == 1.0
+        assert all(0 < value < 1.3 for value in values)
+        assert chips == sorted(chips)
+    scaling.draw_curves(tmp_path / "scaling.svg")
+    drawing = (tmp_path / "scaling.svg").read_text()
+    assert "<svg" in drawing and drawing.count('id="line2d') > 8

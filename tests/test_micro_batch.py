@@ -194,9 +194,18 @@ def test_micro_batches_and_kept_products_lower_the_memory_of_the_gradient(scan_l
     assert temporary_bytes(True, 8, 4, True) < 1.5 * full
 
 
-def test_a_micro_batch_that_does_not_divide_the_texts_is_refused():
-    with pytest.raises(ValueError, match="micro-batches of 5 do not divide 24 texts"):
-        make_encode(EMBED, 5)(init_params(CONFIG, 0), tokens(24))
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("lengths", [1, 3])
+def test_a_last_micro_batch_is_filled_up_and_changes_nothing(whole, lengths):
+    encode = make_encode(EMBED, 7, lengths)
+    params, batch = init_params(CONFIG, 0), tokens(24)
+    embedded, processed = encode(params, batch)
+    assert embedded.shape == (24, 24, 16)
+    if lengths == 1:
+        assert processed == 28 * 24
+    cut = jax.jit(jax.value_and_grad(loss_of(encode)))(params, batch)
+    assert abs(cut[0] - whole[0]) <= 1e-5 * abs(whole[0])
+    assert relative_difference(cut[1], whole[1]) <= 1e-5
 
 
 def test_every_device_of_a_mesh_takes_the_same_length():

@@ -209,7 +209,7 @@ def test_parameters_and_moments_are_split_over_fsdp_and_tensor() -> None:
 
     encoder = state.params["model"]["encoder"]
     layer = encoder["layers"][1]
-    assert held(encoder["tok_embeddings"]) == (48, 16)  # vocab over tensor, embed over fsdp
+    assert held(encoder["tok_embeddings"]) == (96, 16)  # embed over fsdp
     assert held(layer["attn"]["qkv"]) == (16, *_halved_heads(layer["attn"]["qkv"].shape[1:]))
     assert held(layer["mlp"]["wo"]) == (24, 16)  # mlp over tensor, embed over fsdp
     assert held(state.params["model"]["projection"][0]["kernel"]) == (16, 16)
@@ -219,7 +219,7 @@ def test_parameters_and_moments_are_split_over_fsdp_and_tensor() -> None:
     mine = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(state.params))
     assert mine < 0.3 * whole
     moments = [s for s in jax.tree.leaves(state.opt_state) if s.shape == (96, 32)]
-    assert len(moments) == 2 and all(held(m) == (48, 16) for m in moments)
+    assert len(moments) == 2 and all(held(m) == (96, 16) for m in moments)
 
 
 def _halved_heads(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -274,7 +274,7 @@ def test_logical_axes_lie_on_the_mesh_as_the_table_says() -> None:
     mesh = mesh_of((2, 2, 2))
     spec = partition_spec(("batch", "embed"), (8, 32), mesh)
     assert spec == PartitionSpec(("data", "fsdp"), ("fsdp",))
-    spec = partition_spec(("vocab", "embed"), (96, 32), mesh)
+    spec = partition_spec(("mlp", "embed"), (96, 32), mesh)
     assert spec == PartitionSpec(("tensor",), ("fsdp",))
     assert partition_spec(("proj", "seq", None), (8, 8, 8), mesh) == PartitionSpec(None, None, None)
     assert set(AXIS_RULES) >= {"batch", "vocab", "embed", "heads", "mlp", "proj", None}
@@ -282,14 +282,14 @@ def test_logical_axes_lie_on_the_mesh_as_the_table_says() -> None:
 
 def test_an_axis_that_cannot_be_divided_stays_whole() -> None:
     mesh = mesh_of((2, 2, 2))
-    assert partition_spec(("vocab", "embed"), (97, 32), mesh) == PartitionSpec(None, ("fsdp",))
+    assert partition_spec(("mlp", "embed"), (97, 32), mesh) == PartitionSpec(None, ("fsdp",))
     assert partition_spec(("batch",), (6,), mesh) == PartitionSpec(None)
     assert partition_spec(("batch",), (1,), mesh) == PartitionSpec(None)
 
 
 def test_mesh_axes_of_one_device_split_nothing() -> None:
     mesh = mesh_of((8, 1, 1))
-    assert partition_spec(("vocab", "embed"), (96, 32), mesh) == PartitionSpec(None, None)
+    assert partition_spec(("mlp", "embed"), (96, 32), mesh) == PartitionSpec(None, None)
     assert partition_spec(("batch", "seq"), (8, 4), mesh) == PartitionSpec(("data",), None)
     assert replicated(mesh).is_fully_replicated
 
