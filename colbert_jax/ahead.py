@@ -34,7 +34,7 @@ from colbert_jax.errors import UserError
 from colbert_jax.modernbert import ModernBertConfig
 from colbert_jax.run import check_settings
 from colbert_jax.sharding import make_mesh
-from colbert_jax.start import is_run
+from colbert_jax.start import is_run, new_shape
 from colbert_jax.train import abstract_batch, abstract_state, build_step, check_batch
 
 logger = logging.getLogger(__name__)
@@ -188,24 +188,19 @@ def model_config(config: dict[str, Any]) -> ColbertConfig:
       UserError: the starting point is neither here nor one whose shape is known.
     """
     settings, init_from = config["model"], config["init_from"]
+    if not init_from:
+        return new_shape(settings, settings.get("vocab_size", 0))
     if init_from in HUB_ENCODERS:
         encoder = HUB_ENCODERS[init_from]
-    elif init_from and Path(init_from).is_dir():
+        projection = DenseConfig(encoder.hidden_size, settings["embedding_size"])
+        return ColbertConfig(encoder, (projection,))
+    if Path(init_from).is_dir():
         folder = str(Path(init_from) / "model") if is_run(init_from) else init_from
         return huggingface.read_model(folder, embedding_size=settings["embedding_size"]).config
-    elif init_from:
-        raise UserError(
-            f"config.init_from={init_from!r} is no folder here, and a model of that name is not "
-            f"known: for the shape, give --config.init_from={' or '.join(HUB_ENCODERS)}."
-        )
-    elif "encoder" not in settings:
-        raise UserError(
-            "config.init_from is empty, but this config does not describe an encoder to start from "
-            f"nothing with: give --config.init_from={next(iter(HUB_ENCODERS))}."
-        )
-    else:
-        encoder = ModernBertConfig(vocab_size=settings["vocab_size"], **settings["encoder"])
-    return ColbertConfig(encoder, (DenseConfig(encoder.hidden_size, settings["embedding_size"]),))
+    raise UserError(
+        f"config.init_from={init_from!r} is no folder here, and a model of that name is not "
+        f"known: for the shape, give --config.init_from={' or '.join(HUB_ENCODERS)}."
+    )
 
 
 def check_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:

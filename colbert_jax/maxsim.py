@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from colbert_jax.sharding import platform
@@ -89,7 +90,6 @@ def maxsim_candidates(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def maxsim_all_pairs(
     query_embeddings: Float[Array, "Q S D"],
     document_embeddings: Float[Array, "N T D"],
@@ -117,14 +117,85 @@ def maxsim_all_pairs(
       `scores[query, document]`, float32.
     """
     inputs = (query_embeddings, document_embeddings, query_mask, document_mask)
-    return _forward(*inputs, masked_similarity, keep_winners)[0]
+    return _scores(*inputs, masked_similarity, keep_winners, (), "gather")
+
+
+def maxsim_global(
+    query_embeddings: Float[Array, "Q S D"],
+    document_embeddings: Float[Array, "N T D"],
+    query_mask: Bool[Array, "Q S"],
+    document_mask: Bool[Array, "N T"],
+    masked_similarity: float | None = None,
+    axes: tuple[str, ...] = (),
+    exchange: str = "gather",
+) -> Float[Array, "Q N_all"]:
+    """Scores of this device's queries against the documents of all devices, inside a `shard_map`.
+
+    Args:
+      query_embeddings: as in `maxsim_all_pairs`, this device's share.
+      document_embeddings: likewise.
+      query_mask: likewise.
+      document_mask: likewise.
+      masked_similarity: as in `maxsim`.
+      axes: the mesh axes that split the batch; none makes it `maxsim_all_pairs`.
+      exchange: how documents travel. "gather": one all-gather, and in the backward pass one
+        reduce-scatter of their gradient, in float32; every device holds all documents. "ring": each
+        device hands its neighbour the documents that it has just seen, while it scores the next
+        ones, and in the backward pass their gradient with them (as in Ring Attention, arXiv
+        2310.01889); a device holds the documents of two.
+
+    Returns:
+      `scores[query, document]`, float32, documents in the order of the devices.
+    """
+    inputs = (query_embeddings, document_embeddings, query_mask, document_mask)
+    return _scores(*inputs, masked_similarity, None, axes, exchange)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _scores(
+    queries, documents, query_mask, document_mask, masked_similarity, keep_winners, axes, exchange
+):
+    inputs = (queries, documents, query_mask, document_mask)
+    return _scores_forward(*inputs, masked_similarity, keep_winners, axes, exchange)[0]
+
+
+def _scores_forward(
+    queries, documents, query_mask, document_mask, masked_similarity, keep_winners, axes, exchange
+):
+    inputs = (queries, documents, query_mask, document_mask)
+    if exchange == "ring" and axes:
+        return _ring_scores(*inputs, masked_similarity, axes), (*inputs, None)
+    if axes:
+        documents, document_mask = (
+            jax.lax.all_gather(x, axes, tiled=True) for x in (documents, document_mask)
+        )
+    inputs = (queries, documents, query_mask, document_mask)
+    return _forward(*inputs, masked_similarity, keep_winners)
+
+
+def _scores_backward(masked_similarity, keep_winners, axes, exchange, residuals, cotangent):
+    """The gradient of the scores, in the dtypes of the embeddings."""
+    del keep_winners
+    queries, documents, _, _, _ = residuals
+    if exchange == "ring" and axes:
+        into_queries, into_documents = _ring_gradients(
+            residuals, cotangent, masked_similarity, axes
+        )
+    else:
+        into_queries, into_documents = _gradients(residuals, cotangent, masked_similarity)
+        if axes:
+            into_documents = jax.lax.psum_scatter(into_documents, axes, tiled=True)
+    return into_queries.astype(queries.dtype), into_documents.astype(documents.dtype), None, None
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
 
 
 def _forward(queries, documents, query_mask, document_mask, masked_similarity, keep_winners):
     """Scores, and what the backward pass needs: inputs and perhaps the winners."""
     (count, tokens, _), (total, length, _) = queries.shape, documents.shape
     if keep_winners is None:
-        keep_winners = count * tokens * total * _narrow(length).dtype.itemsize <= KEPT_WINNERS
+        keep_winners = count * tokens * total * _nobody(length).itemsize <= KEPT_WINNERS
     per_tile = _tile(queries.shape, documents.shape)
     document_tiles = tuple(_cut(x, per_tile[1]) for x in (documents, document_mask))
 
@@ -147,27 +218,15 @@ def _forward(queries, documents, query_mask, document_mask, masked_similarity, k
     return scores, (queries, documents, query_mask, document_mask, winners)
 
 
-def _backward(masked_similarity, keep_winners, residuals, cotangent):
-    """The gradient of the scores, in the dtypes of the embeddings."""
-    del keep_winners
-    queries, documents, _, _, _ = residuals
-    into_queries, into_documents = _gradients(residuals, cotangent, masked_similarity)
-    return into_queries.astype(queries.dtype), into_documents.astype(documents.dtype), None, None
-
-
-maxsim_all_pairs.defvjp(_forward, _backward)
-
-
 def _score(queries, documents, query_mask, document_mask, masked_similarity):
-    """One tile's `scores[q, n]`, and `winner[q, s, n]`: `_narrow(T)` stands for nobody."""
-    nobody = _narrow(documents.shape[1])
+    """One tile's `scores[q, n]`, and `winner[q, s, n]`: `_nobody(T)` stands for nobody."""
+    nobody = _nobody(documents.shape[1])
     fill = -jnp.inf if masked_similarity is None else masked_similarity
     similarities = jnp.einsum(
         "qsd,ntd->qsnt", queries, documents, preferred_element_type=jnp.float32
     )
     similarities = jnp.where(document_mask, similarities, fill)
-    # By the platform that is compiled for, which need not be the one that compiles.
-    winner = jax.lax.platform_dependent(similarities, cpu=_first_largest, default=_argmax)
+    winner = _first_largest(similarities) if platform() == "cpu" else similarities.argmax(axis=-1)
     best = similarities.max(axis=-1)
     if masked_similarity is None:
         best = jnp.where(document_mask.any(axis=-1), best, 0.0)
@@ -175,10 +234,6 @@ def _score(queries, documents, query_mask, document_mask, masked_similarity):
     real &= query_mask[:, :, None]
     scores = jnp.where(query_mask[:, :, None], best, 0.0).sum(axis=1)
     return scores, jnp.where(real, winner, nobody).astype(nobody.dtype)
-
-
-def _argmax(x: Float[Array, "... T"]) -> Int[Array, "..."]:
-    return jnp.argmax(x, axis=-1).astype(jnp.int32)
 
 
 def _first_largest(x: Float[Array, "... T"]) -> Int[Array, "..."]:
@@ -198,7 +253,7 @@ def _gradients(residuals, cotangent, masked_similarity):
     """
     queries, documents, query_mask, document_mask, winners = residuals
     (count, tokens, dim), (total, length, _) = queries.shape, documents.shape
-    nobody = _narrow(length)
+    nobody = _nobody(length)
     per_tile = _tile(queries.shape, documents.shape)
     document_tiles = tuple(_cut(x, per_tile[1]) for x in (documents, document_mask))
     cotangent = jnp.pad(cotangent, ((0, 0), (0, -total % per_tile[1])))
@@ -214,9 +269,8 @@ def _gradients(residuals, cotangent, masked_similarity):
                 winner = _score(queries, documents, query_mask, document_mask, masked_similarity)[1]
             weight = jnp.where(winner != nobody, grad[:, None, :], 0.0)
             winner = jnp.where(winner == nobody, 0, winner).astype(jnp.int32)
-            to_queries, to_documents = jax.lax.platform_dependent(
-                queries, documents, winner, weight, cpu=_scatter, default=_one_hot
-            )
+            product = _scatter if platform() == "cpu" else _one_hot
+            to_queries, to_documents = product(queries, documents, winner, weight)
             return (into_queries + to_queries, into_documents.at[index].add(to_documents)), None
 
         start = (jnp.zeros(queries.shape, jnp.float32), into_documents)
@@ -269,76 +323,6 @@ def _one_hot(
     return into_queries, into_documents
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def maxsim_global(
-    query_embeddings: Float[Array, "Q S D"],
-    document_embeddings: Float[Array, "N T D"],
-    query_mask: Bool[Array, "Q S"],
-    document_mask: Bool[Array, "N T"],
-    masked_similarity: float | None = None,
-    axes: tuple[str, ...] = (),
-    exchange: str = "gather",
-) -> Float[Array, "Q N_all"]:
-    """Scores of this device's queries against the documents of all devices, inside a `shard_map`.
-
-    Args:
-      query_embeddings: as in `maxsim_all_pairs`, this device's share.
-      document_embeddings: likewise.
-      query_mask: likewise.
-      document_mask: likewise.
-      masked_similarity: as in `maxsim`.
-      axes: the mesh axes that split the batch; none makes it `maxsim_all_pairs`.
-      exchange: how documents travel. "gather": one all-gather, and in the backward pass one
-        reduce-scatter of their gradient, in float32; every device holds all documents. "ring": each
-        device hands its neighbour the documents that it has just seen, while it scores the next
-        ones, and in the backward pass their gradient with them (as in Ring Attention, arXiv
-        2310.01889); a device holds the documents of two.
-
-    Returns:
-      `scores[query, document]`, float32, documents in the order of the devices.
-    """
-    return _global_forward(
-        query_embeddings,
-        document_embeddings,
-        query_mask,
-        document_mask,
-        masked_similarity,
-        axes,
-        exchange,
-    )[0]
-
-
-def _global_forward(
-    queries, documents, query_mask, document_mask, masked_similarity, axes, exchange
-):
-    if exchange == "ring" and axes:
-        scores = _ring_scores(
-            queries, documents, query_mask, document_mask, masked_similarity, axes
-        )
-        return scores, (queries, documents, query_mask, document_mask, None)
-    if axes:
-        documents, document_mask = (
-            jax.lax.all_gather(x, axes, tiled=True) for x in (documents, document_mask)
-        )
-    return _forward(queries, documents, query_mask, document_mask, masked_similarity, None)
-
-
-def _global_backward(masked_similarity, axes, exchange, residuals, cotangent):
-    queries, documents, _, _, _ = residuals
-    if exchange == "ring" and axes:
-        into_queries, into_documents = _ring_gradients(
-            residuals, cotangent, masked_similarity, axes
-        )
-    else:
-        into_queries, into_documents = _gradients(residuals, cotangent, masked_similarity)
-        if axes:
-            into_documents = jax.lax.psum_scatter(into_documents, axes, tiled=True)
-    return into_queries.astype(queries.dtype), into_documents.astype(documents.dtype), None, None
-
-
-maxsim_global.defvjp(_global_forward, _global_backward)
-
-
 def _ring_scores(queries, documents, query_mask, document_mask, masked_similarity, axes):
     """`scores[Q, N_all]`; after k handovers a device holds the documents of the k-th before it."""
 
@@ -386,10 +370,9 @@ def _hand_on(x, axes):
     return jax.lax.ppermute(x, axes, [(i, (i + 1) % devices) for i in range(devices)])
 
 
-def _narrow(length: int) -> Array:
+def _nobody(length: int) -> np.unsignedinteger:
     """The largest value of the smallest dtype that holds token positions and one value more."""
-    dtype = jnp.uint8 if length <= jnp.iinfo(jnp.uint8).max else jnp.uint16
-    return jnp.asarray(jnp.iinfo(dtype).max, dtype)
+    return np.uint8(2**8 - 1) if length < 2**8 else np.uint16(2**16 - 1)
 
 
 def _tile(queries: tuple[int, ...], documents: tuple[int, ...]) -> tuple[int, int]:

@@ -68,11 +68,7 @@ def open_model(config: dict[str, Any], workdir: Path, corpus: Corpus, fresh: boo
 
 def new_model(settings: dict[str, Any], tokenization: TokenizationConfig, corpus: Corpus) -> Model:
     """A model from nothing: a tokenizer trained on the corpus and the encoder that fits it."""
-    if "encoder" not in settings:
-        raise UserError(
-            "config.init_from is empty, but this config does not describe an encoder to start from "
-            "nothing with: name a run, a folder or a hub model, or use configs/quickstart.py."
-        )
+    new_shape(settings, settings.get("vocab_size", 0))  # what is wrong with it, before any work
     logger.info("training a tokenizer of %d tokens on the corpus", settings["vocab_size"])
     hf_tokenizer = train_tokenizer(corpus.texts(), settings["vocab_size"], settings["words_only"])
     # Read before ColbertTokenizer makes [MASK] what texts are padded with: an encoder that took it
@@ -83,15 +79,34 @@ def new_model(settings: dict[str, Any], tokenization: TokenizationConfig, corpus
         "pad": hf_tokenizer.pad_token_id,
     }
     tokenizer = ColbertTokenizer(hf_tokenizer, tokenization)
-    encoder = ModernBertConfig(vocab_size=tokenizer.vocab_size, **settings["encoder"])
+    shape = new_shape(settings, tokenizer.vocab_size)
+    fields = huggingface.encoder_json(shape.encoder, **special)
+    return Model(shape, tokenizer, fields, "random weights")
+
+
+def new_shape(settings: dict[str, Any], vocab_size: int) -> ColbertConfig:
+    """The shape of a model from nothing.
+
+    Args:
+      settings: `config.model`.
+      vocab_size: of its tokenizer.
+
+    Raises:
+      UserError: there is no encoder in the settings, or none that can be.
+    """
+    if "encoder" not in settings:
+        raise UserError(
+            "config.init_from is empty, but this config does not describe an encoder to start from "
+            "nothing with: name a run, a folder or a hub model, or use configs/quickstart.py."
+        )
+    encoder = ModernBertConfig(vocab_size=vocab_size, **settings["encoder"])
     if encoder.hidden_size % (2 * encoder.num_attention_heads):
         raise UserError(
             f"config.model.encoder.hidden_size={encoder.hidden_size} does not split into "
             f"{encoder.num_attention_heads} heads of an even size: change one of the two."
         )
-    projection = (DenseConfig(encoder.hidden_size, settings["embedding_size"]),)
-    fields = huggingface.encoder_json(encoder, **special)
-    return Model(ColbertConfig(encoder, projection), tokenizer, fields, "random weights")
+    projection = DenseConfig(encoder.hidden_size, settings["embedding_size"])
+    return ColbertConfig(encoder, (projection,))
 
 
 def start_state(

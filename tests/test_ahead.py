@@ -262,11 +262,26 @@ def test_a_new_model_has_the_configs_encoder() -> None:
     assert model.encoder.vocab_size == 128 and model.embedding_size == 16
 
 
-@pytest.mark.parametrize("init_from", ["runs/pretrain", ""])
-def test_a_start_that_is_not_there(init_from: str, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("init_from", "said"),
+    [
+        ("runs/pretrain", r"--config\.init_from=answerdotai/ModernBERT-base"),
+        ("", "name a run, a folder or a hub model"),
+    ],
+)
+def test_a_start_that_is_not_there(
+    init_from: str, said: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     config = json.loads(config_of("supervised").to_json()) | {"init_from": init_from}
-    with pytest.raises(UserError, match=r"--config\.init_from=answerdotai/ModernBERT-base"):
+    with pytest.raises(UserError, match=said):
+        model_config(config)
+
+
+def test_heads_that_do_not_divide_are_refused_before_anything_is_compiled() -> None:
+    config = tiny()
+    config["model"]["encoder"] = ENCODER | {"num_attention_heads": 3}
+    with pytest.raises(UserError, match="does not split into 3 heads"):
         model_config(config)
 
 
