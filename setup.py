@@ -38,8 +38,15 @@ setup(
     ],
     extras_require={
         # torch is pinned to one version because Transformers' PyTorch ModernBERT is a reference
-        # that the parity tests compare numbers with.
-        "test": ["hypothesis", "mypy", "pytest>=8", "ruff==0.17.6", "torch==2.13.0"],
+        # that the parity tests compare numbers with; libtpu compiles for TPUs that are not there.
+        "test": [
+            "hypothesis",
+            "jax[tpu]>=0.10.2",
+            "mypy",
+            "pytest>=8",
+            "ruff==0.17.6",
+            "torch==2.13.0",
+        ],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
     },

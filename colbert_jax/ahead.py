@@ -419,9 +419,9 @@ def smaller_steps(report: Report, config: dict[str, Any]) -> Iterator[dict[str, 
     shards = report.mesh["data"] * report.mesh["fsdp"]
     changes: dict[str, Any] = {}
     micro_batch = config["model"]["micro_batch"] or size * per_query // shards
-    for _ in range(2):
-        if micro_batch % 4 == 0:
-            micro_batch //= 4
+    for _ in range(3):
+        if micro_batch % 2 == 0:
+            micro_batch //= 2
             changes = changes | {"model.micro_batch": micro_batch}
             yield changes
     if report.mesh["data"] > 1:  # the same devices, which now share the state too

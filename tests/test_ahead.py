@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -188,10 +189,10 @@ def test_advice_is_the_first_change_that_was_seen_to_fit(gathered: ahead.Report)
 
     sentence = find_advice(report, config, attempt)
     assert sentence == (
-        "the step needs 19.71 GiB, of which a device has 16.00: --config.model.micro_batch=4 "
+        "the step needs 19.71 GiB, of which a device has 16.00: --config.model.micro_batch=8 "
         "--config.mesh.data=1 --config.mesh.fsdp=8 fits (8.00 GiB)."
     )
-    assert [c["model"]["micro_batch"] for c in seen] == [16, 4, 4]
+    assert [c["model"]["micro_batch"] for c in seen] == [32, 16, 8, 8]
     assert config["model"]["micro_batch"] == 64  # what was asked for stays
     sentence = find_advice(report, config, lambda _: report)
     assert "--config.loss.exchange=ring did not fit either: take more devices" in sentence
@@ -383,6 +384,58 @@ def test_a_users_mistake_is_one_line_and_status_2(arguments: list[str], said: st
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and said in lines[0] and "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+TINY = (
+    "--config=configs/quickstart.py",
+    "--json",
+    "--config.input.batch_size=64",
+    "--config.model.dtype=bfloat16",
+    "--config.model.micro_batch=8",
+    "--config.model.query_length=16",
+    "--config.model.document_length=64",
+    "--config.model.vocab_size=512",
+    "--config.model.encoder.hidden_size=128",
+    "--config.model.encoder.num_attention_heads=2",
+    "--config.model.encoder.intermediate_size=128",
+    "--config.model.encoder.num_hidden_layers=1",
+)
+AS_SHIPPED = (
+    "--config.model.lengths=2",
+    "--config.model.scan_layers=True",
+    "--config.model.encoder.num_hidden_layers=4",
+)
+
+
+@pytest.mark.parametrize(
+    ("topology", "settings", "kinds"),
+    [
+        ("v5e:2x4", AS_SHIPPED, {"all-gather", "all-reduce"}),
+        ("v6e:2x2", ["--config.loss.exchange=ring"], {"all-reduce", "collective-permute"}),
+        (
+            "v5p:2x2x2",
+            ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"],
+            {"all-gather", "all-reduce"},
+        ),
+    ],
+)
+def test_the_step_compiles_for_tpus_that_are_not_here(
+    topology: str, settings: Sequence[str], kinds: set[str]
+) -> None:
+    result = program(*TINY, f"--topology={topology}", *settings)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (line,) = result.stdout.splitlines()
+    values = json.loads(line)
+    assert values["fits"] is True and values["chip"] == topology.split(":")[0]
+    assert values["memory_bytes"]["total"] < values["hbm_bytes"]
+    assert values["seconds"]["step"] > 0 and values["pairs_per_second"] > 0
+    sent = values["collective_bytes"]
+    # XLA for TPU may scatter by an all-reduce of which each chip keeps its part, and lays some
+    # parameters out anew where `tensor` splits them.
+    kinds = kinds | {"reduce-scatter"}
+    others = sum(size for kind, size in sent.items() if kind not in kinds)
+    assert all(sent[kind] for kind in kinds - {"reduce-scatter"})
+    assert others <= (0.02 * sum(sent.values()) if values["mesh"]["tensor"] > 1 else 0)
 
 
 def test_memory_and_traffic_of_any_program() -> None:
