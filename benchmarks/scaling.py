@@ -198,7 +198,7 @@ def draw_curves(file: Path) -> None:
         panel.set_xscale("log", base=2)
         panel.set_xticks([8, 16, 32, 64, 128, 256, 512, 1024], minor=False)
         panel.set_xticklabels(["8", "16", "32", "64", "128", "256", "512", "1,024"])
-        panel.set_ylim(0, 1.05)
+        panel.set_ylim(0, 1.2)
         panel.set_title(f"{pairs:,} pairs a step", fontsize=10)
         panel.set_xlabel("chips")
         panel.grid(alpha=0.3)
