@@ -121,6 +121,13 @@ def test_a_row_that_is_kept_is_not_compiled_again(scaling: Any, tmp_path: Path) 
     assert scaling.kept_or_compiled(0, row, tmp_path) == "a table"
 
 
+def test_the_summary_has_what_each_row_printed(scaling: Any) -> None:
+    printed = "memory                   12.56 GiB of 16.00\n  memory    1 s\npairs/s     519\n"
+    lines = scaling.summary([printed, *["no table"] * 9]).splitlines()
+    assert lines[2] == "| Phase 1, one v5e chip | 12.56 GiB of 16.00 | - | 519 | - | - |"
+    assert len(lines) == 2 + len(scaling.ROWS)
+
+
 def test_formulas_stand_beside_what_programs_send(scaling: Any) -> None:
     printed = "topology  v5e:4x4, mesh data 16, fsdp 1, tensor 1\nall-gather sent  704.0 MiB\n"
     printed += "".join(f"{kind} sent  0.0 MiB\n" for kind in ("reduce-scatter", "all-reduce"))
