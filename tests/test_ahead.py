@@ -175,6 +175,17 @@ def test_what_does_not_fit_ends_with_status_1_and_advice(
     assert "needs 19.71 GiB" in said and "take more devices" in said
 
 
+def test_a_program_larger_than_the_device_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny()
+    needs = report_of(config).memory
+    assert needs is not None
+    for capacity, fits in ((needs.total, True), (needs.total - 1, False)):
+        monkeypatch.setattr(ahead, "device_memory", lambda _, size=capacity: size)
+        report = report_of(config)
+        assert report.fits is fits and report.capacity == capacity
+    assert "DOES NOT FIT" in report_table(report)
+
+
 def test_advice_is_the_first_change_that_was_seen_to_fit(gathered: ahead.Report) -> None:
     memory = ahead.Memory(19.71 * 2**30)
     report = dataclasses.replace(gathered, memory=memory, capacity=16 * 2**30, fits=False)

@@ -290,3 +290,21 @@ def scores_and_gradients(
 
     gradients, scores = jax.grad(product, (0, 1), has_aux=True)(*inputs[:2])
     return tuple(np.asarray(x) for x in (scores, *gradients))
+
+
+def test_of_tokens_that_tie_the_first_takes_the_whole_gradient():
+    rng = np.random.default_rng(0)
+    queries = rng.normal(size=(2, 3, 4)).astype(np.float32)
+    documents = rng.normal(size=(2, 5, 4)).astype(np.float32)
+    documents[0, 3] = documents[0, 1]
+    documents[0, [0, 2, 4]] = 0.0
+    queries = np.abs(queries) * np.sign(documents[0, 1])  # token 1, and its double 3, always win
+    masks = np.ones((2, 3), bool), np.ones((2, 5), bool)
+    for keep_winners in (True, False):
+
+        def of_first(documents, keep=keep_winners):
+            return maxsim_all_pairs(queries, documents, *masks, None, keep)[:, 0].sum()
+
+        into = jax.grad(of_first)(documents)
+        np.testing.assert_allclose(into[0, 1], queries.sum(axis=(0, 1)), rtol=1e-6)
+        assert not np.any(into[0, [0, 2, 3, 4]])
