@@ -155,13 +155,12 @@ def report_here(config: dict[str, Any], topology: str, full_effort: bool) -> Rep
     devices = topology_devices(topology)
     mesh = choose_mesh(config["mesh"], devices)
     check_batch(config, mesh)
-    if topology != "local" and not full_effort:
-        jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    if topology == "local" or full_effort:
+        return measure(config, model_config(config), mesh, topology)
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
     report = measure(config, model_config(config), mesh, topology)
-    if topology != "local" and not full_effort:
-        note = "XLA compiled with least effort; --full_effort, minutes, does as training does."
-        report = dataclasses.replace(report, notes=(*report.notes, note))
-    return report
+    note = "XLA compiled with least effort; --full_effort, minutes, does as training does."
+    return dataclasses.replace(report, notes=(*report.notes, note))
 
 
 def report_apart(config: dict[str, Any], topology: str, full_effort: bool) -> Report:
@@ -415,10 +414,11 @@ def find_advice(
 
 def smaller_steps(report: Report, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Changes of a config that compute the same with less memory, the cheapest first."""
-    size, per_query = config["input"]["batch_size"], config["input"]["max_documents"]
     shards = report.mesh["data"] * report.mesh["fsdp"]
+    queries = report.batch_size // shards
     changes: dict[str, Any] = {}
-    micro_batch = config["model"]["micro_batch"] or size * per_query // shards
+    # Of a device's queries, which its halves must divide, or `check_batch` refuses them.
+    micro_batch = min(config["model"]["micro_batch"] or queries, queries)
     for _ in range(3):
         if micro_batch % 2 == 0:
             micro_batch //= 2

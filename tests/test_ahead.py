@@ -28,6 +28,7 @@ from colbert_jax.ahead import (
     report_json,
     report_table,
     slice_extents,
+    smaller_steps,
     topology_devices,
     wanted_bytes,
 )
@@ -188,8 +189,11 @@ def test_a_program_larger_than_the_device_does_not_fit(monkeypatch: pytest.Monke
 
 def test_advice_is_the_first_change_that_was_seen_to_fit(gathered: ahead.Report) -> None:
     memory = ahead.Memory(19.71 * 2**30)
-    report = dataclasses.replace(gathered, memory=memory, capacity=16 * 2**30, fits=False)
+    report = dataclasses.replace(
+        gathered, batch_size=512, memory=memory, capacity=16 * 2**30, fits=False
+    )
     config = tiny()
+    config["input"]["batch_size"] = 512
     config["model"]["micro_batch"] = 64
     seen: list[dict[str, Any]] = []
 
@@ -208,7 +212,23 @@ def test_advice_is_the_first_change_that_was_seen_to_fit(gathered: ahead.Report)
     sentence = find_advice(report, config, lambda _: report)
     assert "--config.loss.exchange=ring did not fit either: take more devices" in sentence
     for changed in seen:
-        check_batch(changed | {"input": {"batch_size": 512, "max_documents": 1}}, make_mesh())
+        check_batch(changed, make_mesh())
+
+
+@pytest.mark.parametrize("micro_batch", [0, 16, 12])
+def test_no_change_that_is_tried_is_one_that_would_be_refused(
+    gathered: ahead.Report, micro_batch: int
+) -> None:
+    config = tiny()
+    config["input"] |= {"batch_size": 96, "max_documents": 3}  # 12 queries a device
+    config["model"]["micro_batch"] = micro_batch
+    check_batch(config, make_mesh())
+    tried = list(smaller_steps(dataclasses.replace(gathered, batch_size=96), config))
+    sizes = [changes["model.micro_batch"] for changes in tried]
+    assert sizes[:2] == [6, 3]
+    for size in sizes:
+        config["model"]["micro_batch"] = size
+        check_batch(config, make_mesh())
 
 
 def test_a_compiler_that_ends_its_process_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
