@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.client import PyLateReference
 
-from colbert_jax.maxsim import maxsim, maxsim_all_pairs, maxsim_candidates
+from colbert_jax import maxsim as maxsim_module
+from colbert_jax.maxsim import (
+    maxsim,
+    maxsim_all_pairs,
+    maxsim_all_pairs_reference,
+    maxsim_candidates,
+)
 
 # Queries, documents, query tokens, document tokens, width.
 SIZES = [(7, 13, 5, 11, 16), (1, 1, 1, 1, 8), (3, 2, 4, 6, 128), (48, 83, 33, 65, 24)]
@@ -308,3 +314,30 @@ def test_of_tokens_that_tie_the_first_takes_the_whole_gradient():
         into = jax.grad(of_first)(documents)
         np.testing.assert_allclose(into[0, 1], queries.sum(axis=(0, 1)), rtol=1e-6)
         assert not np.any(into[0, [0, 2, 3, 4]])
+
+
+@pytest.mark.parametrize("masked", [None, 0.0])
+@pytest.mark.parametrize("keep_winners", [True, False])
+def test_what_accelerators_run_has_the_numbers_of_the_definition(
+    masked: float | None, keep_winners: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Argmax, one-hot products and square tiles, which this machine would not choose."""
+    monkeypatch.setattr(maxsim_module, "platform", lambda: "tpu")
+    monkeypatch.setitem(maxsim_module.TILE_SIMILARITIES, "tpu", 300)  # tiles of 2 x 3 of 5 x 7
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(5, 6, 8)), rng.normal(size=(7, 8, 8))
+    queries, documents = (x.astype(np.float32) for x in embeddings)
+    masks = rng.random((5, 6)) < 0.8, rng.random((7, 8)) < 0.7
+    weights = rng.normal(size=(5, 7)).astype(np.float32)
+
+    def gradients(score, *settings):
+        def weighted(queries, documents):
+            scores = score(queries, documents, *masks, masked, *settings)
+            return (scores * weights).sum(), scores
+
+        return jax.value_and_grad(weighted, (0, 1), has_aux=True)(queries, documents)
+
+    ours = gradients(maxsim_all_pairs, keep_winners)
+    expected = gradients(maxsim_all_pairs_reference)
+    for x, y in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
