@@ -19,7 +19,9 @@ setup(
         "bm25s>=0.2.13",
         "flax>=0.12.8",
         "grain>=0.2.18",
+        "filelock>=3.13",
         "huggingface_hub>=1.3",
+        "importlib_resources>=6",  # tensorflow-datasets imports it and does not say so
         "ir-measures>=0.4.1",
         "jax>=0.10.2",
         "jaxtyping>=0.3.3",
@@ -40,6 +42,7 @@ setup(
         # torch is pinned to one version because Transformers' PyTorch ModernBERT is a reference
         # that the parity tests compare numbers with; libtpu compiles for TPUs that are not there.
         "test": [
+            "apache-beam>=2.60",
             "hypothesis",
             "jax[tpu]>=0.10.2",
             "mypy",
@@ -47,6 +50,7 @@ setup(
             "ruff==0.17.6",
             "torch==2.13.0",
         ],
+        "beam": ["apache-beam>=2.60"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
     },

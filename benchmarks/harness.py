@@ -32,7 +32,7 @@ class Failure(Exception):
 class Parser(argparse.ArgumentParser):
     """Flags with hyphens or underscores; a mistake is one sentence and status 2."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, peer: bool = True):
         super().__init__(
             description=description,
             allow_abbrev=False,
@@ -40,6 +40,8 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--rounds", type=positive, default=5, help="timed passes of each")
         self.add_argument("--json", action="store_true", help="print one JSON object, no table")
+        if not peer:
+            return
         self.add_argument(
             "--peer-python",
             metavar="PATH",
@@ -302,7 +304,11 @@ def print_table(result: dict[str, Any]) -> None:
         print(f"{name:28}{'not measured' if ratio is None else f'{ratio:.3f}'}")
 
 
-def run_program(main: Callable[[], dict[str, Any]], as_json: bool) -> None:
+def run_program(
+    main: Callable[[], dict[str, Any]],
+    as_json: bool,
+    show: Callable[[dict[str, Any]], None] = print_table,
+) -> None:
     """Runs a benchmark, prints its report, and turns failures into one sentence."""
     try:
         result = main()
@@ -317,4 +323,4 @@ def run_program(main: Callable[[], dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))
     else:
-        print_table(result)
+        show(result)

@@ -318,8 +318,13 @@ def parse_dense_config(fields: dict[str, Any], where: str) -> DenseConfig:
     )
 
 
-def find_folder(name_or_path: str, revision: str | None = None) -> Path:
+def find_folder(name_or_path: str, revision: str | None = None, weights: bool = True) -> Path:
     """A local folder as it is, or a hub model downloaded (its configs and safetensors only).
+
+    Args:
+      name_or_path: the folder or the hub name.
+      revision: the hub's revision, for a hub name.
+      weights: whether the safetensors are wanted.
 
     Raises:
       UserError: neither a folder nor a model that the hub can deliver.
@@ -330,7 +335,11 @@ def find_folder(name_or_path: str, revision: str | None = None) -> Path:
         folder = huggingface_hub.snapshot_download(
             name_or_path,
             revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*/*.json", "*/*.safetensors"],
+            allow_patterns=[
+                f"{folder}*.{kind}"
+                for folder in ("", "*/")
+                for kind in ("json", *(["safetensors"] if weights else []))
+            ],
         )
     except Exception as error:  # the hub client raises a dozen kinds; each means the same here
         raise UserError(
@@ -381,9 +390,7 @@ def read_model(
     fields = read_json(encoder_folder / "config.json")
     encoder = parse_encoder_config(fields, str(encoder_folder / "config.json"))
 
-    saved: dict[str, Any] = {}
-    if (folder / "config_sentence_transformers.json").is_file():
-        saved = read_json(folder / "config_sentence_transformers.json")
+    saved = _read_saved(folder)
     if not dense_folders and (saved.get("model_type") == "ColBERT" or "query_prefix" in saved):
         raise UserError(
             f"{folder} calls itself a ColBERT but modules.json lists no Dense layer: its "
@@ -409,17 +416,7 @@ def read_model(
         )
         projection = (DenseConfig(encoder.hidden_size, embedding_size),)
 
-    names = {field.name for field in dataclasses.fields(TokenizationConfig)}
-    settings = {k: v for k, v in saved.items() if k in names and v is not None}
-    if "skiplist_words" in settings:
-        settings["skiplist_words"] = tuple(settings["skiplist_words"])
-    prompts = saved.get("prompts") or {}
-    settings["query_prompt"] = prompts.get("query") or ""
-    settings["document_prompt"] = prompts.get("document") or ""
-    if (encoder_folder / "sentence_bert_config.json").is_file():
-        sbert = read_json(encoder_folder / "sentence_bert_config.json")
-        settings["do_lower_case"] = bool(sbert.get("do_lower_case", False))
-    tokenization = TokenizationConfig(**{**settings, **(overrides or {})})
+    tokenization = _tokenization(encoder_folder, saved, overrides)
     hf_tokenizer = load_tokenizer(encoder_folder)
     if len(hf_tokenizer) > encoder.vocab_size:
         raise UserError(
@@ -431,6 +428,48 @@ def read_model(
     # PyLate sizes the embedding table to the tokenizer when it loads a model; so do we.
     encoder = dataclasses.replace(encoder, vocab_size=tokenizer.vocab_size)
     return Model(ColbertConfig(encoder, projection), tokenizer, fields, str(name_or_path), saved)
+
+
+def _read_saved(folder: Path) -> dict[str, Any]:
+    """What PyLate keeps of a model beside its weights; nothing, for a base encoder."""
+    path = folder / "config_sentence_transformers.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _tokenization(
+    encoder_folder: Path, saved: dict[str, Any], overrides: dict[str, Any] | None
+) -> TokenizationConfig:
+    names = {field.name for field in dataclasses.fields(TokenizationConfig)}
+    settings = {k: v for k, v in saved.items() if k in names and v is not None}
+    if "skiplist_words" in settings:
+        settings["skiplist_words"] = tuple(settings["skiplist_words"])
+    prompts = saved.get("prompts") or {}
+    settings["query_prompt"] = prompts.get("query") or ""
+    settings["document_prompt"] = prompts.get("document") or ""
+    if (encoder_folder / "sentence_bert_config.json").is_file():
+        sbert = read_json(encoder_folder / "sentence_bert_config.json")
+        settings["do_lower_case"] = bool(sbert.get("do_lower_case", False))
+    return TokenizationConfig(**{**settings, **(overrides or {})})
+
+
+def read_tokenizer(
+    name_or_path: str, revision: str | None = None, overrides: dict[str, Any] | None = None
+) -> ColbertTokenizer:
+    """Reads the tokenizer of a model without its weights, as `read_model` reads it.
+
+    Args:
+      name_or_path: a folder or a hub name.
+      revision: the hub's revision, for a hub name.
+      overrides: `TokenizationConfig` fields that replace the folder's.
+
+    Raises:
+      UserError: anything in the folder that cannot be used, named.
+    """
+    folder = find_folder(name_or_path, revision, weights=False)
+    encoder_folder, _ = _module_folders(folder)
+    saved = _read_saved(folder)
+    tokenization = _tokenization(encoder_folder, saved, overrides)
+    return ColbertTokenizer(load_tokenizer(encoder_folder), tokenization)
 
 
 def read_weights(name_or_path: str, model: Model, seed: int, revision: str | None = None) -> Params:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from colbert_jax.checkpoint import Checkpoints, read_config
 from colbert_jax.colbert import Params, make_embed, param_shapes
-from colbert_jax.data.corpora import Corpus, open_corpus
+from colbert_jax.data.corpora import Corpus, open_corpus, open_tokens
 from colbert_jax.data.encode import make_encode, sample_lengths
 from colbert_jax.data.pipeline import batches_per_epoch, make_batches
 from colbert_jax.errors import UserError
@@ -66,6 +66,8 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
     else:
         check_resume(workdir, plain)
     model = open_model(plain, workdir, corpus, fresh=resumed is None)
+    if config.input.tokenized:
+        corpus = open_tokens(corpus, model.tokenizer)
     batches = make_batches(
         corpus.sources,
         encode=make_encode(model.tokenizer),
@@ -74,9 +76,9 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        num_threads=config.input.threads,
+        workers=config.input.workers,
+        threads=config.input.threads,
     )
-    iterator = iter(batches)
 
     # The model, the loss, the step.
     embed = make_embed(model.config, config.model.dtype)
@@ -92,7 +94,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
             state = start_state(plain, model, optimizer, like)
         else:
             state, input_state = restore_state(checkpoints, like)
-            iterator.set_state(input_state)
+            batches.set_state(input_state)
             write_json(workdir / CONFIG_FILE, plain)  # only now is it sure to fit the checkpoint
         describe(config, model, corpus, mesh.size, workdir, resumed)
 
@@ -124,7 +126,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
             state = train(
                 state,
                 train_step,
-                iterator,
+                batches,
                 mesh=mesh,
                 total_steps=config.total_steps,
                 batch_size=config.input.batch_size,
@@ -139,7 +141,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
                 results["trained"] = measure(int(state.step), state.params["model"])
                 write_json(workdir / "results.json", results)
         finally:
-            iterator.close()
+            batches.close()
             checkpoints.close()
             log.close()
     if jax.process_index() == 0:
@@ -197,14 +199,14 @@ def check_settings(config: dict[str, Any]) -> None:
 def check_resume(workdir: Path, config: dict[str, Any]) -> None:
     """Compares a config with the one that the run was started with.
 
-    What decides the weights' shapes or which rows come when must be the same; how fast they are
-    read and computed may change, and so may all else, which is logged.
+    What decides the weights' shapes or which rows come when must be the same; how they are read and
+    computed may change, and so may all else, which is logged.
 
     Raises:
       UserError: naming the first value that must not change.
     """
     started = _leaves(read_config(workdir / CONFIG_FILE))
-    free = {"input.cache_dir", "input.threads"}
+    free = {"input.cache_dir", "input.threads", "input.workers", "input.tokenized"}
     free |= {f"model.{key}" for key in ("dtype", "micro_batch", "lengths", "remat", "scan_layers")}
     for key, value in _leaves(config).items():
         was = started.get(key)

@@ -9,6 +9,8 @@ queries, the skip list for documents.
 """
 
 import dataclasses
+import hashlib
+import json
 import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from colbert_jax.errors import UserError
 
 TokenBatch = dict[str, np.ndarray]  # input_ids int32, attention_mask and scoring_mask bool
+Ids = Sequence[int] | np.ndarray  # [token], of any integer type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,22 +90,44 @@ class ColbertTokenizer:
         self.tokenizer = tokenizer
         self.pad_id: int = tokenizer.mask_token_id
         ids = [tokenizer.convert_tokens_to_ids(word) for word in config.skiplist_words]
-        self._skiplist = np.unique(np.array([i for i in ids if i is not None], np.int32))
+        self._skipped = np.zeros(len(tokenizer), bool)
+        self._skipped[[i for i in ids if i is not None]] = True
         self._queries = self._side(config.query_prefix, config.query_length)
         self._documents = self._side(config.document_prefix, config.document_length)
 
-    def _side(self, marker: str, length: int) -> tuple[tokenizers.Tokenizer, int | None, int]:
+    def _side(self, marker: str, length: int) -> tuple[tokenizers.Tokenizer, int | None]:
         # A tokenizer carries its truncation as state, so each side gets a copy of its own and
         # threads never change what another is using.
         backend = tokenizers.Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         backend.no_padding()
         backend.enable_truncation(length - 1 if marker else length)
-        return backend, backend.token_to_id(marker) if marker else None, length
+        return backend, backend.token_to_id(marker) if marker else None
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, markers included: the fewest rows an embedding table must have."""
         return len(self.tokenizer)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides which ids a text becomes, its cut aside.
+
+        The files of a tokenizer may differ and mean the same: truncation, padding and decoding play
+        no part here, and neither do `[PAD]`, expansion and the skip list.
+        """
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        parts = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
+        fields = ("query_prefix", "document_prefix", "query_prompt", "document_prompt")
+        decides = {name: backend[name] for name in parts}
+        decides |= {name: getattr(self.config, name) for name in (*fields, "do_lower_case")}
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+    def query_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each query, prompt and marker included, cut to `query_length`."""
+        return self._ids(texts, self.config.query_prompt, self._queries)
+
+    def document_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each document, prompt and marker included, cut to `document_length`."""
+        return self._ids(texts, self.config.document_prompt, self._documents)
 
     def queries(self, texts: Sequence[str]) -> TokenBatch:
         """Tokenizes queries.
@@ -115,8 +140,16 @@ class ColbertTokenizer:
           `scoring_mask[query, token]` bool. With expansion, and in either case to keep one static
           shape, queries are `query_length` tokens long; without it the padding never scores.
         """
+        return self.query_batch(self.query_ids(texts))
+
+    def query_batch(self, ids: Sequence[Ids]) -> TokenBatch:
+        """`queries`, of texts that are tokens already, cut to `query_length` where they are longer.
+
+        Args:
+          ids: the tokens of each query, as `query_ids` gives them.
+        """
         config = self.config
-        batch = self._encode(texts, config.query_prompt, self._queries, config.query_length)
+        batch = self._pad(ids, config.query_length)
         if config.do_query_expansion:
             batch["scoring_mask"] = np.ones_like(batch["attention_mask"])
             if config.attend_to_expansion_tokens:
@@ -137,33 +170,45 @@ class ColbertTokenizer:
           `input_ids[document, token]` int32, `attention_mask[document, token]` and
           `scoring_mask[document, token]` bool.
         """
-        batch = self._encode(texts, self.config.document_prompt, self._documents, length)
-        skipped = np.isin(batch["input_ids"], self._skiplist)
-        batch["scoring_mask"] = batch["attention_mask"] & ~skipped
+        return self.document_batch(self.document_ids(texts), length)
+
+    def document_batch(self, ids: Sequence[Ids], length: int | None = None) -> TokenBatch:
+        """`documents`, of texts that are tokens already.
+
+        Args:
+          ids: the tokens of each document, as `document_ids` gives them.
+          length: as in `documents`.
+        """
+        longest = self.config.document_length
+        if length is None:
+            length = max(map(len, ids), default=0)
+        batch = self._pad(ids, min(length, longest))
+        batch["scoring_mask"] = batch["attention_mask"] & ~self._skipped[batch["input_ids"]]
         return batch
 
-    def _encode(
-        self,
-        texts: Sequence[str],
-        prompt: str,
-        side: tuple[tokenizers.Tokenizer, int | None, int],
-        length: int | None,
-    ) -> TokenBatch:
-        backend, marker_id, longest = side
+    def _ids(
+        self, texts: Sequence[str], prompt: str, side: tuple[tokenizers.Tokenizer, int | None]
+    ) -> list[list[int]]:
+        backend, marker_id = side
         cleaned = [(prompt + text).strip() for text in texts]
         if self.config.do_lower_case:
             cleaned = [text.lower() for text in cleaned]
         rows = [encoding.ids for encoding in backend.encode_batch_fast(cleaned)]
-        if marker_id is not None:
-            rows = [[*ids[:1], marker_id, *ids[1:]] for ids in rows]
-        lengths = np.array([len(ids) for ids in rows], np.int32)
-        width = min(length or longest, longest)
-        if length is None:
-            width = int(lengths.max(initial=0))
-        input_ids = np.full((len(rows), width), self.pad_id, np.int32)
-        for row, ids in zip(input_ids, rows, strict=True):
-            row[: len(ids)] = ids[:width]
-        return {"input_ids": input_ids, "attention_mask": np.arange(width) < lengths[:, None]}
+        if marker_id is None:
+            return rows
+        return [[*ids[:1], marker_id, *ids[1:]] for ids in rows]
+
+    def _pad(self, rows: Sequence[Ids], width: int) -> TokenBatch:
+        # The last token, [SEP], stays when a text is cut, as the tokenizer's own truncation has it.
+        arrays = [
+            np.asarray(ids if len(ids) <= width else [*ids[: width - 1], ids[-1]], np.int32)
+            for ids in rows
+        ]
+        lengths = np.fromiter(map(len, arrays), np.int32, len(arrays))
+        mask = np.arange(width) < lengths[:, None]
+        input_ids = np.full(mask.shape, self.pad_id, np.int32)
+        input_ids[mask] = np.concatenate([np.zeros(0, np.int32), *arrays])
+        return {"input_ids": input_ids, "attention_mask": mask}
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:

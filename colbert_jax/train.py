@@ -413,11 +413,15 @@ def train(
     )
     waited, since, last_logged = 0.0, time.perf_counter(), first
     with bar:
+        batch: Batch = global_batch(next(batches), mesh) if first < total_steps else {}
         for step in range(first + 1, total_steps + 1):
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            state, metrics = train_step(state, global_batch(batch, mesh))
+            state, metrics = train_step(state, batch)
+            # Where a restored run stands: this step's batch was taken, the next was not.
+            position = batches.get_state()
+            if step < total_steps:  # read and sent to the devices while they are at this step
+                asked = time.perf_counter()
+                batch = global_batch(next(batches), mesh)
+                waited += time.perf_counter() - asked
             if step == total_steps or (log_every_steps and step % log_every_steps == 0):
                 values = {f"train/{k}": float(v) for k, v in jax.device_get(metrics).items()}
                 steps, now = step - last_logged, time.perf_counter()
@@ -432,11 +436,10 @@ def train(
                 bar.update(steps)
                 bar.set_postfix_str(progress_text(values))
                 waited, since, last_logged = 0.0, time.perf_counter(), step
-            # Evaluate, then save, then take the next batch: a restored run stands exactly here.
             paused = time.perf_counter()
             evaluate(step, state.params)
             if checkpoints.due(step) or step == total_steps:
-                save_state(checkpoints, state, batches.get_state(), config)
+                save_state(checkpoints, state, position, config)
             since += time.perf_counter() - paused
     checkpoints.wait()
     return state

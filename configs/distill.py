@@ -28,16 +28,17 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
     config.input = ConfigDict()
-    config.input.corpus = "lightonai/ms-marco-en-bge-gemma"
+    config.input.corpus = "ms_marco_distillation"
     config.input.sources = ()
     config.input.files = ()  # local JSON Lines or Parquet files, each a source, go before corpus
     config.input.revision = ""  # of the hub's data set; "" is the newest
-    config.input.joined_tables = True  # texts and scores lie in tables of their own, joined by id
+    config.input.tokenized = False  # whether to read token ids that launch/prepare.py stored
     config.input.batch_size = 128  # queries a step, over all devices
     config.input.max_documents = (
         32  # candidates of a query: the first 32, with their scores as stored
     )
-    config.input.cache_dir = "~/.cache/colbert_jax"  # rows read once are kept here
+    config.input.cache_dir = "~/.cache/colbert_jax"  # prepared corpora are kept here
+    config.input.workers = 0  # processes that read and encode ahead, on each host; 0: none
     config.input.threads = 8  # that read and tokenize ahead, on each host
 
     config.model = ConfigDict()

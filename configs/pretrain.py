@@ -60,14 +60,15 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
     config.input = ConfigDict()
-    config.input.corpus = "nomic-ai/nomic-embed-unsupervised-data"
+    config.input.corpus = "nomic_unsupervised"
     config.input.sources = SOURCES
     config.input.files = ()  # local JSON Lines or Parquet files, each a source, go before corpus
     config.input.revision = ""  # of the hub's data set; "" is the newest
-    config.input.joined_tables = False
+    config.input.tokenized = False  # whether to read token ids that launch/prepare.py stored
     config.input.batch_size = 16_384  # queries a step, over all devices
     config.input.max_documents = 1  # the positive; negatives are the other queries' documents
-    config.input.cache_dir = "~/.cache/colbert_jax"  # rows read once are kept here
+    config.input.cache_dir = "~/.cache/colbert_jax"  # prepared corpora are kept here
+    config.input.workers = 0  # processes that read and encode ahead, on each host; 0: none
     config.input.threads = 8  # that read and tokenize ahead, on each host
 
     config.model = ConfigDict()

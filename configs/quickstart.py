@@ -31,10 +31,11 @@ def get_config() -> ConfigDict:
     config.input.sources = ()  # top-level packages; () takes those of a plain install
     config.input.files = ()  # JSON Lines or Parquet files instead of the corpus
     config.input.revision = ""
-    config.input.joined_tables = False
+    config.input.tokenized = False  # whether to read token ids that launch/prepare.py stored
     config.input.batch_size = 64  # pairs a step
     config.input.max_documents = 1  # the positive alone
-    config.input.cache_dir = "~/.cache/colbert_jax"
+    config.input.cache_dir = "~/.cache/colbert_jax"  # prepared corpora are kept here
+    config.input.workers = 0  # processes that read and encode ahead, on each host; 0: none
     config.input.threads = 2
 
     config.model = ConfigDict()

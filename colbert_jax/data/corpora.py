@@ -1,22 +1,331 @@
-"""From the input section of a config to sources of rows: files, a hub data set, or docstrings."""
+"""The corpora that are known by name, as TFDS builders; and what a run trains on.
+
+A corpus of the hub is a class of a few lines: see `NomicSupervised`.
+"""
 
 import dataclasses
+import glob
+import hashlib
 import logging
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
 
+import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from colbert_jax.data import docstrings
-from colbert_jax.data.hub import hub_distillation_rows, hub_fingerprint, hub_rows
-from colbert_jax.data.records import ListSource, Source, cached_records
-from colbert_jax.data.rows import Row, read_rows
+from colbert_jax.data.builders import TextBuilder, TokenBuilder, token_folder
+from colbert_jax.data.cleaning import Cleaning
+from colbert_jax.data.hub import Hub, hub_fingerprint, split_files
+from colbert_jax.data.records import (
+    MANIFEST_FILE,
+    Source,
+    TextSource,
+    TokenSource,
+    read_manifest,
+)
+from colbert_jax.data.rows import Row
+from colbert_jax.data.tables import (
+    FilesTable,
+    JoinedTable,
+    RowsTable,
+    Table,
+    describe_files,
+    index_texts,
+)
 from colbert_jax.errors import UserError
+from colbert_jax.tokenization import ColbertTokenizer
 
 _logger = logging.getLogger(__name__)
 
 HeldOut = tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]]]
+
+_REDDIT = "Reddit's terms"
+_S2ORC = "ODC-BY 1.0, non-commercial; papers their own"
+_YAHOO = "Yahoo's terms, academic use only"
+_AMAZON = "Amazon's terms"
+_STACK_EXCHANGE = "CC BY-SA"
+_WIKIPEDIA = "CC BY-SA"
+_UNKNOWN = "none stated"
+
+
+@dataclasses.dataclass(frozen=True)
+class PublicSource:
+    """A source of a public corpus.
+
+    Attributes:
+      name: as the hub calls its split.
+      rows: as published, before any cleaning; 0 if not known.
+      licence: of the texts, in short, as far as it could be found out; no legal advice.
+    """
+
+    name: str
+    rows: int
+    licence: str
+
+
+class HubCorpus(TextBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """A data set of the Hugging Face Hub: a source is one of its splits.
+
+    Attributes:
+      dataset: its name there.
+      sources: its splits.
+      columns: what it calls the columns of `rows.read_rows`, where it calls them otherwise.
+      document_length: tokens of a document that the recipe trains on, for `prepare`.
+    """
+
+    dataset: ClassVar[str] = ""
+    sources: ClassVar[Sequence[PublicSource]] = ()
+    columns: ClassVar[Mapping[str, str]] = {}
+    document_length: ClassVar[int] = 180 + 7
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=s.name) for s in cls.sources]
+
+    @property
+    def split(self) -> str:
+        """The hub's split."""
+        return self.builder_config.name
+
+    def __init__(self, *, revision: str | None = None, hub: Hub | None = None, **kwargs: Any):
+        """Describes what to prepare.
+
+        Args:
+          revision: a branch, tag or commit; None takes what is prepared already, or the newest.
+          hub: where to ask.
+          **kwargs: as of `TextBuilder`.
+        """
+        self._revision, self._hub, self._commit = revision, hub or Hub(), ""
+        super().__init__(**kwargs)
+
+    def origin(self, resolved: bool) -> dict[str, Any]:
+        """The data set, the split and the commit."""
+        if self._commit == "" and (resolved or self._revision):
+            self._commit = hub_fingerprint(self.dataset, self._revision, hub=self._hub)
+        return {
+            "dataset": self.dataset,
+            "split": self.split,
+            "columns": dict(self.columns),
+            "revision": self._commit or None,
+        }
+
+    def open_table(self) -> Table:
+        """Fetches the split's files."""
+        files = self._hub.files(self.dataset, self._commit)
+        names = split_files(files, self.split, dataset=self.dataset)
+        paths = self.fetch(names)
+        return FilesTable(tuple(paths), tuple(names), dict(self.columns), self.describe(paths))
+
+    def fetch(self, names: Sequence[str]) -> list[Path]:
+        """Downloads files that were not before."""
+        label = f"{self.name}/{self.builder_config.name}: fetch"
+        with tqdm(names, desc=label, unit="file", dynamic_ncols=True, delay=1) as bar:
+            return [self._hub.fetch(self.dataset, self._commit, name) for name in bar]
+
+    def describe(self, paths: Sequence[Path]) -> dict[str, Any]:
+        """What the manifest says of the files."""
+        return {
+            "dataset": self.dataset,
+            "revision": self._commit,
+            "files": [{"name": path.name, "bytes": path.stat().st_size} for path in paths],
+        }
+
+
+class NomicUnsupervised(HubCorpus):
+    """Pairs of phase 1: 239 million, from 29 sources (arXiv 2402.01613)."""
+
+    dataset = "nomic-ai/nomic-embed-unsupervised-data"
+    sources = (
+        PublicSource("reddit_title_body", 66_204_599, _REDDIT),
+        PublicSource("amazon_reviews", 39_357_860, _AMAZON),
+        PublicSource("paq", 53_874_545, "CC BY-SA 3.0"),
+        PublicSource("s2orc_citation_titles", 7_722_225, _S2ORC),
+        PublicSource("s2orc_title_abstract", 36_051_582, _S2ORC),
+        PublicSource("s2orc_abstract_citation", 7_639_890, _S2ORC),
+        PublicSource("s2orc_abstract_body", 6_550_431, _S2ORC),
+        PublicSource("wikianswers", 10_087_503, _UNKNOWN),
+        PublicSource("wikipedia", 6_198_049, _WIKIPEDIA),
+        PublicSource("gooaq", 1_281_138, "Apache-2.0; snippets of third parties"),
+        PublicSource("codesearch", 864_023, "each repository's own"),
+        PublicSource("yahoo_title_answer", 276_726, _YAHOO),
+        PublicSource("agnews", 420_288, "research use only"),
+        PublicSource("amazonqa", 226_137, _AMAZON),
+        PublicSource("yahoo_qa", 143_477, _YAHOO),
+        PublicSource("yahoo_title_question", 213_320, _YAHOO),
+        PublicSource("ccnews", 353_670, "the publishers' copyright"),
+        PublicSource("npr", 365_075, "NPR's copyright"),
+        PublicSource("eli5", 106_781, _REDDIT),
+        PublicSource("cnn", 293_521, "CNN's and Daily Mail's copyright"),
+        PublicSource("stackexchange_duplicate_questions", 73_210, _STACK_EXCHANGE),
+        PublicSource("stackexchange_title_body", 80_695, _STACK_EXCHANGE),
+        PublicSource("stackexchange_body_body", 65_689, _STACK_EXCHANGE),
+        PublicSource("sentence_compression", 173_604, _UNKNOWN),
+        PublicSource("wikihow", 96_029, "CC BY-NC-SA 3.0"),
+        PublicSource("altlex", 110_708, _WIKIPEDIA),
+        PublicSource("quora", 44_885, "Quora's terms, non-commercial"),
+        PublicSource("simplewiki", 97_717, _WIKIPEDIA),
+        PublicSource("squad", 25_117, "CC BY-SA 4.0"),
+    )
+
+
+class NomicSupervised(HubCorpus):
+    """Pairs of phase 2 with mined negatives: 1.7 million, from ten sources (arXiv 2402.01613)."""
+
+    dataset = "nomic-ai/nomic-embed-supervised-data"
+    sources = (
+        PublicSource("medi_sts_wiki_rephrasal", 25_000, _WIKIPEDIA),
+        PublicSource("fever_hn_mine", 140_085, "CC BY-SA 3.0"),
+        PublicSource(
+            "msmarco_distillation_simlm_rescored_reranked_min15", 485_721, "non-commercial research"
+        ),
+        PublicSource("reddit_triples", 200_000, _REDDIT),
+        PublicSource("medi_sts_flickr_sampled", 51_186, "non-commercial research"),
+        PublicSource("nq_cocondensor_hn_mine_reranked_min15", 70_002, "CC BY-SA 3.0"),
+        PublicSource("nli_simcse_50negs_fixed", 275_595, "CC BY-SA 4.0 and others"),
+        PublicSource("medi_supernli_sampled", 177_639, "Apache-2.0; each task's own"),
+        PublicSource("hotpotqa_hn_mine_shuffled", 170_000, "CC BY-SA 4.0"),
+        PublicSource("medi_sts_stackexchange_dupe", 100_591, _STACK_EXCHANGE),
+    )
+    document_length = 512 + 7
+
+
+class MsMarcoDistillation(HubCorpus):
+    """MS MARCO queries of phase 3, each with 32 candidates that a cross-encoder scored.
+
+    Rows, queries and documents lie in tables of their own, and are joined by id on disk.
+    """
+
+    dataset = "lightonai/ms-marco-en-bge-gemma"
+    sources = (PublicSource("train", 640_000, "non-commercial research"),)
+    document_length = 512 + 7
+    _TABLES = ("train", "queries", "documents")
+    # The same scores before they were normalised lie beside the table of rows.
+    _UNUSED = ("train_unormalized",)
+
+    def default_cleaning(self) -> Cleaning:
+        """A query with fewer candidates would cut those of all others."""
+        return Cleaning(min_documents=32)
+
+    def open_table(self) -> Table:
+        """Fetches the three tables and indexes the texts."""
+        files = self._hub.files(self.dataset, self._commit)
+        names = {table: self._table_files(files, table) for table in self._TABLES}
+        paths = {table: self.fetch(names[table]) for table in self._TABLES}
+        texts = self.unfinished / "texts.sqlite"
+        sides = ("queries", "documents")
+        _logger.info("indexing the texts of %s by id", self.dataset)
+        index_texts(texts, {t: list(zip(names[t], paths[t], strict=True)) for t in sides})
+        everything = [path for table in self._TABLES for path in paths[table]]
+        description = self.describe(everything)
+        return JoinedTable(tuple(paths["train"]), tuple(names["train"]), texts, description)
+
+    def _table_files(self, files: Sequence[str], table: str) -> list[str]:
+        others = {*self._TABLES, *self._UNUSED} - {table}
+        # Each table is a folder of files that are all called train, as the hub stores a data set
+        # of several configurations.
+        own = [file for file in files if not others.intersection(PurePosixPath(file).parts)]
+        return split_files(own, table, dataset=self.dataset)
+
+
+class Docstrings(TextBuilder):
+    """First sentences of docstrings and the definitions they document, of an installed package."""
+
+    def __init__(self, *, package: str, pairs: Sequence[docstrings.Pair], **kwargs: Any):
+        """Describes what to prepare.
+
+        Args:
+          package: the package's name.
+          pairs: what was collected from it, the held-out files left out.
+          **kwargs: as of `TextBuilder`.
+        """
+        self._pairs = pairs
+        digest = hashlib.sha256()
+        for pair in pairs:
+            digest.update(f"{len(pair.query)} {pair.query} {pair.document}\n".encode())
+        self._digest = digest.hexdigest()
+        # Another version of a package is another source.
+        super().__init__(config=_config(f"{safe_name(package)}-{self._digest[:8]}"), **kwargs)
+
+    def default_cleaning(self) -> Cleaning:
+        """Queries are unique already."""
+        return Cleaning(deduplicate=False)
+
+    def origin(self, resolved: bool) -> dict[str, Any]:
+        """A digest of the pairs."""
+        return {"pairs": self._digest}
+
+    def open_table(self) -> Table:
+        """The pairs as rows."""
+        rows = [Row(query=p.query, documents=[p.document], scores=None) for p in self._pairs]
+        return RowsTable(tuple(rows), {"rows": len(rows)})
+
+
+class Files(TextBuilder):
+    """A user's own JSON-lines or Parquet files."""
+
+    def __init__(
+        self,
+        *,
+        paths: Sequence[Path],
+        name: str,
+        columns: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ):
+        """Describes what to prepare.
+
+        Args:
+          paths: the files, whose rows make one source.
+          name: what the source is called.
+          columns: as in `rows.read_rows`.
+          **kwargs: as of `TextBuilder`.
+
+        Raises:
+          UserError: a file is not there.
+        """
+        self._paths, self._columns = paths, dict(columns or {})
+        stats = [(str(path.absolute()), *_file_stat(path)) for path in paths]
+        digest = hashlib.sha256(repr((stats, sorted(self._columns.items()))).encode())
+        self._stats = digest.hexdigest()
+        # A file that changes, or another of its name, is another source.
+        folder = f"{safe_name(name)}-{self._stats[:8]}"
+        super().__init__(config=_config(folder), **kwargs)
+
+    def origin(self, resolved: bool) -> dict[str, Any]:
+        """The files' paths, sizes and times."""
+        return {"files": [str(path) for path in self._paths], "state": self._stats}
+
+    def open_table(self) -> Table:
+        """The files as they are."""
+        names = tuple(str(path) for path in self._paths)
+        return FilesTable(tuple(self._paths), names, self._columns, describe_files(self._paths))
+
+
+class HubFiles(HubCorpus, skip_registration=True):  # type: ignore[call-arg]
+    """Any data set of the hub whose rows are pairs, triples or scored candidates."""
+
+    name = "hub"
+
+    def __init__(
+        self, *, dataset: str, split: str, columns: Mapping[str, str] | None = None, **kwargs: Any
+    ):
+        """Describes what to prepare; arguments as of `HubCorpus` and `rows.read_rows`."""
+        self.dataset, self.columns = dataset, dict(columns or {})  # type: ignore[misc]
+        self._split = split
+        config = _config(f"{safe_name(dataset)}-{safe_name(split)}")
+        super().__init__(config=config, **kwargs)
+
+    @property
+    def split(self) -> str:
+        """The hub's split."""
+        return self._split
+
+
+CORPORA: dict[str, type[HubCorpus]] = {
+    cls.name: cls for cls in (NomicUnsupervised, NomicSupervised, MsMarcoDistillation)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,88 +354,201 @@ class Corpus:
 
 
 def open_corpus(config: Mapping[str, Any]) -> Corpus:
-    """Opens the corpus of `config.input`.
+    """Opens the corpus of `config.input`, and prepares first what of it is not.
 
     Args:
-      config: `files` (local JSON Lines or Parquet, each a source) go before `corpus`, which is
-        "docstrings" or the hub name of a data set; `sources` are then the set's splits (or the
-        packages), `revision` its revision, and `joined_tables` says that texts and scores lie in
-        tables of their own. `cache_dir` keeps what was read once.
+      config: `files` (local JSON Lines or Parquet, or folders that `launch/prepare.py` made, each a
+        source) go before `corpus`, which is one of `CORPORA`, "docstrings", or the hub name of
+        another data set; `sources` are then the corpus's sources (none: all), the packages, or the
+        set's splits, and `revision` is the hub's. Prepared corpora lie in `cache_dir`.
 
     Raises:
       UserError: a file or row that cannot be used, or a hub that cannot be reached.
     """
-    cache = Path(config["cache_dir"]).expanduser()
+    folder = Path(config["cache_dir"]).expanduser()
     if config["files"]:
-        names = [_source_name(path) for path in config["files"]]
+        names = [source_name(path) for path in config["files"]]
         # Files of one name, from different folders, are told apart by their whole paths.
         names = [
             name if names.count(name) == 1 else path
             for name, path in zip(names, config["files"], strict=True)
         ]
         return Corpus(
-            {name: _open_file(p, cache) for name, p in zip(names, config["files"], strict=True)}
+            {name: _open_file(p, folder) for name, p in zip(names, config["files"], strict=True)}
         )
     if config["corpus"] == "docstrings":
-        return _open_docstrings(config, cache)
+        return _open_docstrings(config, folder)
     if not config["corpus"]:
         raise UserError("There is nothing to train on: set config.input.files or .corpus.")
-    return Corpus(_open_hub(config, cache))
+    builders = hub_builders(config["corpus"], config["sources"], config["revision"], folder)
+    return Corpus({name: _prepared(builder) for name, builder in builders.items()})
 
 
-def _source_name(path: str) -> str:
-    return Path(path).name.removesuffix(".gz").rsplit(".", 1)[0]
+def hub_builders(
+    corpus: str, sources: Sequence[str], revision: str | None, folder: Path, **kwargs: Any
+) -> dict[str, HubCorpus]:
+    """The builders of a corpus's sources, by name.
 
+    Args:
+      corpus: one of `CORPORA`, or the hub name of another data set.
+      sources: which of its sources; none are all, where they are known.
+      revision: the hub's; None or "" is the one that is prepared, or the newest.
+      folder: where prepared corpora are kept.
+      **kwargs: as of `HubCorpus`; `columns` for another data set.
 
-def _open_file(path: str, cache: Path) -> Source:
-    file = Path(path).expanduser().absolute()
-    try:
-        stat = file.stat()
-    except OSError as error:
+    Raises:
+      UserError: there is no such corpus or source.
+    """
+    kwargs |= {"data_dir": folder, "revision": revision or None}
+    if (known := CORPORA.get(corpus)) is not None:
+        names = [source.name for source in known.sources]
+        for name in sources:
+            if name not in names:
+                raise UserError(f"{corpus} has no source {name}: choose one of {', '.join(names)}.")
+        if kwargs.pop("columns", None):
+            raise UserError(f"The columns of {corpus} are known: leave out the mapping.")
+        return {name: known(config=name, **kwargs) for name in sources or names}
+    if corpus.count("/") != 1:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): check config.input.files."
-        ) from error
-    fingerprint = f"{file} {stat.st_size} {stat.st_mtime_ns}"
-    return cached_records(cache, _source_name(path), fingerprint, lambda: read_rows(file))
+            f"There is no corpus {corpus}: choose one of {', '.join(CORPORA)}, docstrings, files, "
+            "or a data set of the hub as owner/name."
+        )
+    if not sources:
+        raise UserError(f"Which of the splits of {corpus} is meant? Name it as the source.")
+    return {name: HubFiles(dataset=corpus, split=name, **kwargs) for name in sources}
 
 
-def _open_hub(config: Mapping[str, Any], cache: Path) -> dict[str, Source]:
-    dataset, revision = config["corpus"], config["revision"] or None
-    commit = hub_fingerprint(dataset, revision)
-    limit = config["max_documents"]
-    if config["joined_tables"]:
-        name = dataset.rsplit("/", 1)[-1]
+def file_builder(pattern: str, folder: Path, **kwargs: Any) -> Files:
+    """The builder of a file, or of the files that match a pattern, as one source.
 
-        def joined() -> Iterator[Row]:
-            return hub_distillation_rows(dataset, commit, documents_per_query=limit)
-
-        return {name: cached_records(cache, name, f"{dataset} {commit} {limit}", joined)}
-    sources: dict[str, Source] = {}
-    for split in config["sources"]:
-
-        def rows(split: str = split) -> Iterator[Row]:
-            return hub_rows(dataset, split, commit)
-
-        sources[split] = cached_records(cache, split, f"{dataset} {split} {commit}", rows)
-    return sources
+    Raises:
+      UserError: there is no such file.
+    """
+    path = Path(pattern).expanduser()
+    paths = [path]
+    if not path.exists() and any(mark in pattern for mark in "*?["):
+        paths = sorted(Path(found) for found in glob.glob(str(path)))
+    if not paths:
+        raise UserError(f"{pattern} matches no file: check the pattern.")
+    return Files(paths=paths, name=source_name(pattern), data_dir=folder, **kwargs)
 
 
-def _open_docstrings(config: Mapping[str, Any], cache: Path) -> Corpus:
-    packages = config["sources"] or docstrings.DEFAULT_PACKAGES
+def docstring_builders(
+    packages: Sequence[str], folder: Path, **kwargs: Any
+) -> tuple[dict[str, Docstrings], HeldOut]:
+    """The builders of packages' docstrings, by package, and what of them is held out.
+
+    Raises:
+      UserError: there is no docstring in them.
+    """
     with tqdm(desc="read docstrings", unit="file", dynamic_ncols=True, delay=1) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        pairs = docstrings.load_or_collect(cache, packages, progress=show)
+        pairs = docstrings.load_or_collect(
+            folder, packages or docstrings.DEFAULT_PACKAGES, progress=show
+        )
     train, held_out = docstrings.split(pairs)
-    rows: dict[str, list[Row]] = {}
-    for pair in train:
-        row = Row(query=pair.query, documents=[pair.document], scores=None)
-        rows.setdefault(pair.source, []).append(row)
     _logger.info("%d docstring pairs to train on, %d held out", len(train), len(held_out))
-    return Corpus(
-        {name: ListSource(some, name) for name, some in rows.items()},
-        docstrings.held_out_collection(held_out),
+    own: dict[str, list[docstrings.Pair]] = {}
+    for pair in train:
+        own.setdefault(pair.source, []).append(pair)
+    builders = {
+        name: Docstrings(package=name, pairs=some, data_dir=folder, **kwargs)
+        for name, some in own.items()
+    }
+    return builders, docstrings.held_out_collection(held_out)
+
+
+def open_tokens(corpus: Corpus, tokenizer: ColbertTokenizer) -> Corpus:
+    """The same corpus in tokens, where it was prepared with this tokenizer.
+
+    Raises:
+      UserError: a source has no tokens, those of another tokenizer or prompt, or cut too short.
+    """
+    sources = {name: _open_tokens(name, s, tokenizer) for name, s in corpus.sources.items()}
+    return dataclasses.replace(corpus, sources=sources)
+
+
+def _open_tokens(name: str, source: Source, tokenizer: ColbertTokenizer) -> Source:
+    assert isinstance(source, TextSource)
+    parent = source.folder / TokenBuilder.name
+    folder = parent / token_folder(tokenizer) / str(TokenBuilder.VERSION)
+    prepare = (
+        "prepare it with launch/prepare.py and --tokenizer, or set config.input.tokenized=False"
     )
+    if not (folder / MANIFEST_FILE).is_file():
+        others = [
+            read_manifest(path.parent)["tokenizer"] for path in parent.glob("*/*/manifest.json")
+        ]
+        if not others:
+            raise UserError(f"Source {name} ({source.folder}) has no tokens: {prepare}.")
+        made = "; ".join(
+            f"{other['name']} with prompts {other['query_prompt']!r} and "
+            f"{other['document_prompt']!r}, hash {other['fingerprint'][:16]}"
+            for other in others
+        )
+        raise UserError(
+            f"Source {name} ({source.folder}) was tokenized for {made}, but the model's tokenizer "
+            f"and prompts have hash {token_folder(tokenizer)}: {prepare}."
+        )
+    tokens = TokenSource(folder)
+    for key in ("query_length", "document_length"):
+        stored, wanted = tokens.manifest["tokenizer"][key], getattr(tokenizer.config, key)
+        if stored < wanted:
+            raise UserError(
+                f"Source {name} ({folder}) was tokenized with {key}={stored}, but "
+                f"config.model.{key}={wanted}: lower it, or remove the folder and {prepare}."
+            )
+    return tokens
+
+
+def _open_file(path: str, folder: Path) -> Source:
+    if Path(path).expanduser().is_dir():
+        return TextSource(prepared_folder(Path(path).expanduser()))
+    return _prepared(file_builder(path, folder))
+
+
+def prepared_folder(folder: Path) -> Path:
+    """A prepared source's folder, given that or one around it that holds just one version."""
+    if not (folder / MANIFEST_FILE).is_file():
+        versions = [path.parent for path in folder.glob(f"*/{MANIFEST_FILE}")]
+        if len(versions) == 1:
+            return versions[0]
+    return folder
+
+
+def _open_docstrings(config: Mapping[str, Any], folder: Path) -> Corpus:
+    builders, held_out = docstring_builders(config["sources"], folder)
+    return Corpus({name: _prepared(builder) for name, builder in builders.items()}, held_out)
+
+
+def _prepared(builder: TextBuilder) -> Source:
+    builder.prepare(wait=True, show_after_seconds=1.0)
+    return TextSource(builder.folder)
+
+
+def source_name(path: str) -> str:
+    """What a source is called whose rows come from a file, or from all that match a pattern."""
+    name = Path(path).name.removesuffix(".gz")
+    name = name.rsplit(".", 1)[0] if Path(name).suffix in (".jsonl", ".json", ".parquet") else name
+    return name.strip("*?.-_") or Path(path).parent.name
+
+
+def _config(name: str) -> tfds.core.BuilderConfig:
+    return tfds.core.BuilderConfig(name=name, version=TextBuilder.VERSION)
+
+
+def safe_name(name: str) -> str:
+    """A name for a folder, out of a name that a user or a data set gave."""
+    return re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_")[:80] or "source"
+
+
+def _file_stat(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the path.") from None
+    return stat.st_size, stat.st_mtime_ns

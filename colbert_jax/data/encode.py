@@ -6,23 +6,26 @@ from typing import Any
 import numpy as np
 
 from colbert_jax.data.records import Source
-from colbert_jax.data.rows import Row, cut_documents
+from colbert_jax.data.rows import cut_documents
 from colbert_jax.tokenization import ColbertTokenizer
 
 
-def make_encode(tokenizer: ColbertTokenizer) -> Callable[[list[Row], int], dict[str, Any]]:
-    """Makes `encode(rows, documents_per_query) -> batch`.
+def make_encode(tokenizer: ColbertTokenizer) -> Callable[[list[Any], int], dict[str, Any]]:
+    """Makes `encode(rows, documents_per_query) -> batch`; rows hold texts, or their token ids.
 
     The batch is `{"query": {...[B, S]}, "document": {...[B, K, T]}}`, each with `input_ids` int32,
     `attention_mask` and `scoring_mask` bool, and `"scores"[B, K]` float32 where rows have them.
     Documents are padded to the full length: one static shape is one compiled program.
     """
 
-    def encode(rows: list[Row], documents_per_query: int) -> dict[str, Any]:
-        texts = [text for row in rows for text in row["documents"]]
-        tokens = tokenizer.documents(texts, length=tokenizer.config.document_length)
+    def encode(rows: list[Any], documents_per_query: int) -> dict[str, Any]:
+        queries = [row["query"] for row in rows]
+        documents = [text for row in rows for text in row["documents"]]
+        if isinstance(queries[0], str):
+            queries, documents = tokenizer.query_ids(queries), tokenizer.document_ids(documents)
+        tokens = tokenizer.document_batch(documents, tokenizer.config.document_length)
         batch: dict[str, Any] = {
-            "query": tokenizer.queries([row["query"] for row in rows]),
+            "query": tokenizer.query_batch(queries),
             "document": {
                 name: x.reshape(len(rows), documents_per_query, -1) for name, x in tokens.items()
             },
@@ -37,7 +40,7 @@ def make_encode(tokenizer: ColbertTokenizer) -> Callable[[list[Row], int], dict[
 
 def sample_lengths(
     sources: Mapping[str, Source],
-    encode: Callable[[list[Row], int], dict[str, Any]],
+    encode: Callable[[list[Any], int], dict[str, Any]],
     max_documents: int,
     rows: int = 1024,
 ) -> dict[str, np.ndarray]:

@@ -1,24 +1,25 @@
-"""Rows of data sets on the Hugging Face Hub, read file by file; no code of theirs is run."""
+"""Files of data sets on the Hugging Face Hub; no code of theirs is ever run."""
 
-import ast
 import contextlib
-import json
+import errno
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from colbert_jax.data.rows import Row, RowError, check_scores, read_rows, read_table
 from colbert_jax.errors import UserError
 
 # The hub's client has changed its HTTP library between releases; this is whichever one's error,
@@ -30,6 +31,12 @@ _SHARD = re.compile(r"-\d+-of-\d+.*$")
 _NAMELESS = re.compile(r"(shard|part|chunk|file)?[-_.]?\d+", re.IGNORECASE)
 _GENERIC_FOLDERS = ("data", "default")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+# Seconds to wait before each further attempt at what may pass: a busy or failing server, a cut
+# connection. The hub's client makes some attempts of its own within each.
+_WAITS = (2.0, 8.0, 30.0)
+
+_T = TypeVar("_T")
 
 _logger = logging.getLogger(__name__)
 
@@ -50,7 +57,7 @@ class Hub:
         """Returns the commit that `revision` (None: the main branch) stands for."""
         with self._user_errors(dataset, revision):
             api = HfApi(endpoint=self.endpoint)
-            sha = api.dataset_info(dataset, revision=revision).sha
+            sha = _patiently(lambda: api.dataset_info(dataset, revision=revision).sha)
         if not sha:
             raise UserError(f"The hub names no commit of {dataset}: give a revision.")
         return sha
@@ -59,24 +66,30 @@ class Hub:
         """Returns the paths of the data set's files at `commit`."""
         with self._user_errors(dataset, commit):
             api = HfApi(endpoint=self.endpoint)
-            return api.list_repo_files(dataset, revision=commit, repo_type="dataset")
+            return _patiently(
+                lambda: api.list_repo_files(dataset, revision=commit, repo_type="dataset")
+            )
 
     def fetch(self, dataset: str, commit: str, file: str) -> Path:
         """Downloads one file, unless it was before, and returns where it lies."""
-        with self._user_errors(dataset, commit):
+        with self._user_errors(dataset, commit, file):
             return Path(
-                hf_hub_download(
-                    dataset,
-                    file,
-                    repo_type="dataset",
-                    revision=commit,
-                    endpoint=self.endpoint,
-                    cache_dir=self.cache_dir,
+                _patiently(
+                    lambda: hf_hub_download(
+                        dataset,
+                        file,
+                        repo_type="dataset",
+                        revision=commit,
+                        endpoint=self.endpoint,
+                        cache_dir=self.cache_dir,
+                    )
                 )
             )
 
     @contextlib.contextmanager
-    def _user_errors(self, dataset: str, revision: str | None) -> Iterator[None]:
+    def _user_errors(
+        self, dataset: str, revision: str | None, file: str | None = None
+    ) -> Iterator[None]:
         endpoint = self.endpoint or constants.ENDPOINT
         try:
             yield
@@ -93,12 +106,42 @@ class Hub:
             raise UserError(
                 f"{dataset} has no revision {revision}: check it, or leave it out for the newest."
             ) from None
-        except (_HTTP_ERROR, OSError) as error:
+        except (_HTTP_ERROR, OSError, EntryNotFoundError) as error:
+            response = getattr(error, "response", None)
+            if file and response is not None and response.status_code == 404:
+                raise UserError(
+                    f"{endpoint} no longer has {file} of {dataset} at {revision}: give another "
+                    "revision."
+                ) from None
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            what = f"{file} of {dataset}" if file else dataset
             raise UserError(
-                f"{dataset} could not be read from {endpoint} ({reason}): check the network and "
+                f"{what} could not be read from {endpoint} ({reason}): check the network and "
                 "the disk and run it again, which keeps the files fetched so far."
             ) from None
+
+
+def _patiently(ask: Callable[[], _T]) -> _T:
+    """What `ask` returns; asked again, after a while, where the failure may pass."""
+    for wait in _WAITS:
+        try:
+            return ask()
+        except (_HTTP_ERROR, OSError) as error:
+            if not _may_pass(error):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            _logger.warning("%s; trying again in %.0f s", reason, wait)
+        time.sleep(wait)
+    return ask()
+
+
+def _may_pass(error: Exception) -> bool:
+    if constants.HF_HUB_OFFLINE or isinstance(error, OfflineModeIsEnabled):
+        return False
+    response = getattr(error, "response", None)
+    if response is not None:
+        return response.status_code in (408, 429) or response.status_code >= 500
+    return getattr(error, "errno", None) not in (errno.ENOSPC, errno.EACCES, errno.EROFS)
 
 
 def hub_fingerprint(dataset: str, revision: str | None = None, *, hub: Hub | None = None) -> str:
@@ -110,87 +153,6 @@ def hub_fingerprint(dataset: str, revision: str | None = None, *, hub: Hub | Non
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
     return (hub or Hub()).commit(dataset, revision)
-
-
-def hub_rows(
-    dataset: str, split: str, revision: str | None = None, *, hub: Hub | None = None
-) -> Iterator[Row]:
-    """Yields the rows of one split of a data set of pairs, downloading one file at a time.
-
-    Rows that cannot be used, such as those with a blank text, are left out, and their number
-    is logged at the end: whoever trains on a published set cannot mend them.
-
-    Args:
-      dataset: such as `nomic-ai/nomic-embed-unsupervised-data`.
-      split: a folder's name, or what a file's name says before `-00000-of-00012`; or both, as in
-        `folder/name`, where the name alone is found in several folders.
-      revision: a branch, tag or commit; None for the main branch.
-      hub: where to ask.
-
-    Raises:
-      UserError: the hub cannot be reached, there is no such data set, revision or split, or a
-        file cannot be read.
-    """
-    hub = hub or Hub()
-    commit = hub_fingerprint(dataset, revision, hub=hub)
-    files = split_files(hub.files(dataset, commit), split, dataset=dataset)
-    left_out = _LeftOut(f"{dataset}, {split}")
-    for file in files:
-        for row in read_rows(hub.fetch(dataset, commit, file), on_bad_row=left_out.add):
-            left_out.kept += 1
-            yield row
-    left_out.report()
-
-
-def hub_distillation_rows(
-    dataset: str,
-    revision: str | None = None,
-    *,
-    documents_per_query: int = 32,
-    hub: Hub | None = None,
-) -> Iterator[Row]:
-    """Yields the rows of a data set that keeps ids and scores apart from the texts.
-
-    It has three tables, each a split by `hub_rows`'s rules: `train` (`query_id`, `document_ids`,
-    `scores`), `queries` (`query_id`, `text`) and `documents` (`document_id`, `text`). The texts
-    are held in memory: about 5 GB for MS MARCO's 8.8 million passages. Rows with fewer candidates
-    than asked for, or with a candidate that has no text, are left out, and their number is logged.
-
-    Args:
-      dataset: such as `lightonai/ms-marco-en-bge-gemma`.
-      revision: a branch, tag or commit; None for the main branch.
-      documents_per_query: the first so many candidates of each query are used.
-      hub: where to ask.
-
-    Raises:
-      UserError: as `hub_rows` does.
-    """
-    hub = hub or Hub()
-    commit = hub_fingerprint(dataset, revision, hub=hub)
-    all_files = hub.files(dataset, commit)
-
-    def read(table: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        others = {"train", "queries", "documents"} - {table}
-        # Each table is a folder of files that are all called train, as the hub stores a data set
-        # of several configurations.
-        own = [file for file in all_files if not others.intersection(PurePosixPath(file).parts)]
-        for file in split_files(own, table, dataset=dataset):
-            path = hub.fetch(dataset, commit, file)
-            for number, record in read_table(path, _require(columns)):
-                yield f"{dataset}, {file}, row {number}", record
-
-    queries = _texts_by_id(read("queries", ("query_id", "text")), "query_id")
-    documents = _texts_by_id(read("documents", ("document_id", "text")), "document_id")
-    left_out = _LeftOut(f"{dataset}, train")
-    for place, record in read("train", ("query_id", "document_ids", "scores")):
-        try:
-            row = _join(record, queries, documents, documents_per_query)
-        except RowError as reason:
-            left_out.add(UserError(f"{place}: {reason}."))
-        else:
-            left_out.kept += 1
-            yield row
-    left_out.report()
 
 
 def split_files(files: Collection[str], split: str, *, dataset: str) -> list[str]:
@@ -252,95 +214,3 @@ def _label(file: str, match: re.Match[str]) -> str:
     if folders and (folders[-1] not in _GENERIC_FOLDERS or _NAMELESS.fullmatch(match["stem"])):
         return folders[-1]
     return _file_split(match)
-
-
-def _require(columns: Sequence[str]) -> Callable[[Collection[str]], Sequence[str]]:
-    def choose(found: Collection[str]) -> Sequence[str]:
-        if not set(columns) <= set(found):
-            raise RowError(
-                f"the columns found are {', '.join(found)}; {', '.join(columns)} are wanted"
-            )
-        return columns
-
-    return choose
-
-
-def _texts_by_id(rows: Iterator[tuple[str, dict[str, Any]]], id_column: str) -> dict[str, str]:
-    texts = {}
-    for place, record in rows:
-        text = record["text"]
-        if isinstance(text, str) and text.strip():
-            try:
-                texts[_identifier(record[id_column])] = text
-            except RowError as reason:
-                raise UserError(f"{place}: {reason}.") from None
-    return texts
-
-
-def _identifier(value: Any) -> str:
-    # The same id is a number in one table and a text in another.
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise RowError(f"{value!r:.40} is no id; a text or a whole number is wanted")
-    return str(value)
-
-
-def _join(
-    record: dict[str, Any], queries: dict[str, str], documents: dict[str, str], count: int
-) -> Row:
-    query_id = _identifier(record["query_id"])
-    ids = [_identifier(value) for value in _as_list(record["document_ids"], "document_ids")]
-    values = _as_list(record["scores"], "scores")
-    scores = check_scores(values, len(ids))
-    if len(ids) < count:
-        raise RowError(f"it has {len(ids)} candidates where {count} are wanted")
-    if query_id not in queries:
-        raise RowError(f"query {query_id} has no text")
-    for document_id in ids[:count]:
-        if document_id not in documents:
-            raise RowError(f"document {document_id} has no text")
-    return Row(
-        query=queries[query_id],
-        documents=[documents[document_id] for document_id in ids[:count]],
-        scores=scores[:count],
-    )
-
-
-def _as_list(value: Any, name: str) -> list[Any]:
-    """Returns a list that a table may hold as the text of a JSON or Python list."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                value = ast.literal_eval(value)
-    if not isinstance(value, list):
-        raise RowError(f'"{name}" is not a list')
-    return value
-
-
-class _LeftOut:
-    """Counts the rows used and left out, to say so once."""
-
-    def __init__(self, name: str):
-        self.name = name
-        self.kept = 0
-        self.count = 0
-        self.first: UserError | None = None
-
-    def add(self, error: UserError) -> None:
-        self.count += 1
-        self.first = self.first or error
-
-    def report(self) -> None:
-        if self.count and not self.kept:
-            raise UserError(
-                f"{self.name}: none of {self.count} rows can be used; for the first, {self.first}"
-            )
-        if self.count:
-            _logger.warning(
-                "%s: %d rows used, %d left out because they cannot be; the first: %s",
-                self.name,
-                self.kept,
-                self.count,
-                self.first,
-            )

@@ -2,10 +2,14 @@
 
 import hashlib
 import logging
+import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
+import numpy as np
+from absl import flags
 
 from colbert_jax.data.records import Source
 from colbert_jax.data.rows import Row, cut_documents
@@ -14,6 +18,45 @@ from colbert_jax.errors import UserError
 Encode = Callable[[list[Row], int], dict[str, Any]]
 
 _logger = logging.getLogger(__name__)
+
+
+class Batches:
+    """An endless stream of batches, that can be taken up at any step.
+
+    Its state, `{"next_index": step}`, is fit for JSON and good for any number of hosts, worker
+    processes and threads. Close it when done.
+    """
+
+    def __init__(self, make_stream: Callable[[int], grain.IterDataset]):
+        """Begins at step 0; `make_stream(step)` makes the dataset of the batches from a step on."""
+        self._make_stream = make_stream
+        self._next_index = 0
+        self._iterator: grain.DatasetIterator | None = None
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        if self._iterator is None:
+            self._iterator = iter(self._make_stream(self._next_index))
+        batch = next(self._iterator)
+        self._next_index += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """The position."""
+        return {"next_index": self._next_index}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Goes to a position."""
+        self.close()
+        self._next_index = int(state["next_index"])
+
+    def close(self) -> None:
+        """Ends worker processes and threads; the next batch starts them anew."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
 
 
 def make_batches(
@@ -25,9 +68,10 @@ def make_batches(
     seed: int,
     process_index: int,
     process_count: int,
-    num_threads: int = 2,
+    workers: int = 0,
+    threads: int = 2,
     prefetch: int = 4,
-) -> grain.IterDataset:
+) -> Batches:
     """Returns this host's part of an endless stream of global batches.
 
     Every global batch is drawn from one source, so that the other rows of a batch are hard
@@ -36,22 +80,21 @@ def make_batches(
     another order. Which rows make up the batch of a step, and their order, follows from the seed,
     the sources' names and lengths, and the batch size: not from the number of hosts.
 
-    The stream's iterator has `get_state()` and `set_state()`, whose state, `{"next_index": step}`,
-    is fit for JSON and good for any number of hosts and threads. Close the iterator when done.
-
     Args:
       sources: rows by name; the order of the names does not matter.
       encode: called with this host's rows of a batch and their common number of documents;
         returns a dictionary of arrays. It runs in several threads at once.
       batch_size: rows in a global batch, over all hosts.
       max_documents: at most this many documents of a row are used; a batch has as many for each
-        row as the row of its source that has fewest, if that is less.
+        row as the row of its source that has fewest, if that is less. A row with more gives its
+        first, or, where they are scored candidates, some that are drawn anew in each epoch.
       seed: any integer.
       process_index: this host, from 0.
       process_count: the number of hosts. Host `i` has the `i`-th of that many equal contiguous
         parts of every global batch.
-      num_threads: threads that read and encode batches ahead of time; 0 for none.
-      prefetch: batches made ahead of time; 0 for none.
+      workers: processes that read and encode batches ahead of time; 0 leaves that to this one.
+      threads: threads of each of them that do so; 0 for none.
+      prefetch: batches that each of them makes ahead of time.
 
     Raises:
       UserError: the hosts cannot share the batch equally, or no source fills a batch.
@@ -68,24 +111,53 @@ def make_batches(
 
     usable = _sources_that_fill_a_batch(sources, batch_size)
     orders = {name: _row_order(len(source), name, seed) for name, source in usable.items()}
+    draws = {name: _derive_seed(seed, f"candidates {name}") for name in usable}
     share = batch_size // process_count
+    places = [_batch_places(name, len(usable[name]), batch_size) for name in usable]
+    mixture = grain.MapDataset.concatenate(places).shuffle(seed=_derive_seed(seed, "mixture"))
+    steps = mixture.repeat()
+    steps[0]  # as in _row_order
 
-    def read_batch(place: tuple[str, int]) -> dict[str, Any]:
-        name, start = place
+    def read_batch(step: int) -> dict[str, Any]:
+        name, start = steps[step]
         source, order = usable[name], orders[name]
         first = start + process_index * share
-        indices = [order[position] for position in range(first, first + share)]
+        positions = range(first, first + share)
         documents = min(source.min_documents, max_documents)
-        rows = [cut_documents(row, documents) for row in source.__getitems__(indices)]
+        rows = source.__getitems__([order[position] for position in positions])
+        if source.has_scores:
+            rows = [
+                _draw_candidates(row, documents, (draws[name], position))
+                for row, position in zip(rows, positions, strict=True)
+            ]
+        else:
+            rows = [cut_documents(row, documents) for row in rows]
         return encode(rows, documents)
 
-    places = [_batch_places(name, len(usable[name]), batch_size) for name in usable]
-    batches = grain.MapDataset.concatenate(places).shuffle(seed=_derive_seed(seed, "mixture"))
-    return (
-        batches.repeat()
-        .map(read_batch)
-        .to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
-    )
+    def make_stream(step: int) -> grain.IterDataset:
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+        stream = grain.MapDataset.range(step, sys.maxsize).map(read_batch).to_iter_dataset(options)
+        if not workers:
+            return stream
+        if not flags.FLAGS.is_parsed():  # grain hands them on to the workers
+            flags.FLAGS.mark_as_parsed()
+        processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+        return stream.mp_prefetch(processes, worker_init_fn=_start_worker)
+
+    return Batches(make_stream)
+
+
+def _start_worker(index: int, count: int) -> None:
+    del index, count
+    os.environ["JAX_PLATFORMS"] = "cpu"  # a worker never takes the accelerator from its parent
+
+
+def _draw_candidates(row: Row, documents: int, seed: tuple[int, int]) -> Row:
+    count = len(row["documents"])
+    if count <= documents:
+        return row
+    chosen = np.random.default_rng(seed).choice(count, documents, replace=False, shuffle=False)
+    return cut_documents(row, sorted(chosen.tolist()))
 
 
 def batches_per_epoch(sources: Mapping[str, Source], batch_size: int) -> int:
