@@ -23,6 +23,7 @@ from colbert_jax.colbert import make_embed
 from colbert_jax.errors import UserError
 from colbert_jax.export import export_run as export
 from colbert_jax.metric_log import read_metrics
+from colbert_jax.prepare import Request, prepare
 from colbert_jax.retrieval.search import make_search
 from colbert_jax.run import run
 
@@ -229,6 +230,55 @@ def test_each_phase_leaves_metrics_curves_config_and_export(phases: dict[str, An
         assert (described["query_length"], described["document_length"]) == (14, 20)
         card = (workdir / f"export-{STEPS}" / "README.md").read_text()
         assert 'prompt_name="query"' in card and f"{STEPS} of 8 queries each" in card
+
+
+@pytest.mark.parametrize("name, rows", [("pretrain", "pairs"), ("distill", "scored")])
+def test_tokens_train_as_the_text_they_were_made_of(
+    name: str, rows: str, phases: dict[str, Any], encoder: Path, data: dict, tmp_path: Path
+) -> None:
+    before = encoder if name == "pretrain" else phases["folder"] / "supervised"
+    request = Request(
+        corpus="files",
+        sources=(data[rows],),
+        output=str(tmp_path / "prepared"),
+        tokenizer=str(before),
+        query_prompt=PROMPTS["query"],
+        document_prompt=PROMPTS["document"],
+        query_length=20,
+        document_length=33,
+    )
+    prepare(request)
+    config = phase_config(name, before, data[rows], tmp_path / "prepared")
+    config.input.tokenized = True
+    config.input.workers = 1
+    run(config, tmp_path / "run")
+    whole = phases["folder"] / name
+    assert_same(exported(tmp_path / "run" / f"export-{STEPS}"), exported(whole / f"export-{STEPS}"))
+    losses = [
+        [row["train/loss"] for row in read_metrics(folder) if "train/loss" in row]
+        for folder in (tmp_path / "run", whole)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == STEPS
+
+
+def test_tokens_of_another_prompt_or_none_are_refused(
+    encoder: Path, data: dict[str, str], tmp_path: Path
+) -> None:
+    config = phase_config("pretrain", encoder, data["pairs"], tmp_path / "prepared")
+    config.input.tokenized = True
+    with pytest.raises(UserError, match=r"pairs.*has no tokens: run launch/prepare.py"):
+        run(config, tmp_path / "run")
+    request = Request(
+        corpus="files",
+        sources=(data["pairs"],),
+        output=str(tmp_path / "prepared"),
+        tokenizer=str(encoder),
+        query_prompt="query: ",
+        document_prompt=PROMPTS["document"],
+    )
+    prepare(request)
+    with pytest.raises(UserError, match=r"tokenized for .*'query: '.*but the model's tokenizer"):
+        run(config, tmp_path / "run")
 
 
 def test_pylate_loads_the_last_export_and_gives_our_vectors(

@@ -390,7 +390,7 @@ def hub_builders(
     """The builders of a corpus's sources, by name.
 
     Args:
-      corpus: one of `CORPORA`, or the hub name of another data set.
+      corpus: one of `CORPORA`, by its name or the hub's, or the hub name of another data set.
       sources: which of its sources; none are all, where they are known.
       revision: the hub's; None or "" is the one that is prepared, or the newest.
       folder: where prepared corpora are kept.
@@ -400,7 +400,8 @@ def hub_builders(
       UserError: there is no such corpus or source.
     """
     kwargs |= {"data_dir": folder, "revision": revision or None}
-    if (known := CORPORA.get(corpus)) is not None:
+    known = next((cls for cls in CORPORA.values() if corpus in (cls.name, cls.dataset)), None)
+    if known is not None:
         names = [source.name for source in known.sources]
         for name in sources:
             if name not in names:
@@ -476,9 +477,7 @@ def _open_tokens(name: str, source: Source, tokenizer: ColbertTokenizer) -> Sour
     assert isinstance(source, TextSource)
     parent = source.folder / TokenBuilder.name
     folder = parent / token_folder(tokenizer) / str(TokenBuilder.VERSION)
-    prepare = (
-        "prepare it with launch/prepare.py and --tokenizer, or set config.input.tokenized=False"
-    )
+    prepare = "run launch/prepare.py with --tokenizer, or set config.input.tokenized=False"
     if not (folder / MANIFEST_FILE).is_file():
         others = [
             read_manifest(path.parent)["tokenizer"] for path in parent.glob("*/*/manifest.json")

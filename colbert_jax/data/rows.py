@@ -113,8 +113,8 @@ def read_rows(
       part: the rows to read, of those that `split_table` finds.
 
     Raises:
-      UserError: the file cannot be read, has no row or the wrong columns; the message names the
-        file and, where there is one, the row.
+      UserError: the file cannot be read or has the wrong columns; the message names the file and,
+        where there is one, the row.
     """
     names = tuple(sorted((columns or {}).items()))
 
@@ -148,19 +148,14 @@ def read_table(
       part: the rows to read.
 
     Raises:
-      UserError: the file is missing, empty, broken or of another kind, or has wrong columns.
+      UserError: the file is missing, broken or of another kind, or has wrong columns.
     """
     path = Path(path)
     records = (_read_parquet if _is_parquet(path) else _read_json_lines)(path, choose_columns, part)
-    empty = True
     try:
-        for record in records:
-            empty = False
-            yield record
+        yield from records
     except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
         raise _file_error(path, error) from None
-    if empty and part == WHOLE:
-        raise UserError(f"{path} has no rows: give a file that has some, or leave it out.")
 
 
 def require_columns(*columns: str) -> Callable[[Collection[str]], Sequence[str]]:

@@ -183,6 +183,8 @@ def _file_stretches(paths: Sequence[Path]) -> list[Stretch]:
         for part in split_table(path, _MARK_ROWS):
             stretches.append(Stretch(file, part, first))
             first += part.rows or 0
+    if not stretches:
+        raise UserError(f"{paths[0]} has no rows: give a file that has some, or leave it out.")
     return stretches
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 from collections import Counter
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from colbert_jax.data.builders import TextBuilder
+from colbert_jax.data.corpora import file_builder
 from colbert_jax.data.pipeline import batches_per_epoch, make_batches
-from colbert_jax.data.records import ListSource, RecordSource, write_records
+from colbert_jax.data.records import ListSource, TextSource
 from colbert_jax.errors import UserError
 
 
@@ -32,16 +35,28 @@ def _encode(rows, documents):
     }
 
 
-def _batches(sources, *, batch_size, seed=0, host=0, hosts=1, threads=0, encode=_encode):
+def _batches(
+    sources,
+    *,
+    batch_size,
+    seed=0,
+    host=0,
+    hosts=1,
+    threads=0,
+    workers=0,
+    encode=_encode,
+    max_documents=4,
+):
     return make_batches(
         sources,
         encode=encode,
         batch_size=batch_size,
-        max_documents=4,
+        max_documents=max_documents,
         seed=seed,
         process_index=host,
         process_count=hosts,
-        num_threads=threads,
+        workers=workers,
+        threads=threads,
         prefetch=2 * threads,
     )
 
@@ -203,17 +218,112 @@ def test_documents_and_scores_are_cut_to_the_least_of_the_source():
     for batch, documents in seen:
         assert all(len(row["documents"]) == documents for row in batch)
         if documents == 3:
-            assert all(row["scores"] == [2.0, 1.0, 0.0] for row in batch)
+            # Candidates beyond the number are drawn, each with its own score.
+            teacher = {"a": 2.0, "b": 1.0, "c": 0.0, "d": 5.0}
+            assert all(row["scores"] == [teacher[d] for d in row["documents"]] for row in batch)
         else:
             assert all(row["scores"] is None for row in batch)
     assert len(long[0]["documents"]) == 6
 
 
-def test_records_on_disk_give_the_batches_of_rows_in_memory(tmp_path):
-    source = _source("a", 50, documents=2)
-    write_records(tmp_path / "a", source, description={})
-    on_disk = _batches({"a": RecordSource(tmp_path / "a")}, batch_size=8, threads=2)
-    assert _take(on_disk, 14) == _take(_batches({"a": source}, batch_size=8), 14)
+def test_prepared_rows_give_the_batches_of_rows_in_memory(tmp_path):
+    on_disk = _prepared(tmp_path, "a", 50)
+    in_memory = ListSource(on_disk.__getitems__(range(50)))
+    batches = _batches({"a": on_disk}, batch_size=8, threads=2)
+    assert _take(batches, 14) == _take(_batches({"a": in_memory}, batch_size=8), 14)
+
+
+def _prepared(folder, name, count):
+    path = folder / f"{name}.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"query": f"{name}/{i}", "document": f"{name}/{i}/0"}) + "\n"
+            for i in range(count)
+        )
+    )
+    builder = file_builder(str(path), folder / "prepared")
+    assert isinstance(builder, TextBuilder)
+    builder.prepare()
+    return TextSource(builder.folder)
+
+
+def test_worker_processes_give_the_batches_of_one_process_and_end_with_the_stream(tmp_path):
+    sources = {"a": _prepared(tmp_path, "a", 40), "b": _source("b", 30)}
+    expected = _take(_batches(sources, batch_size=4), 25)
+    batches = _batches(sources, batch_size=4, workers=2, threads=1)
+    first = [next(batches)["query"].tolist() for _ in range(7)]
+    assert len(multiprocessing.active_children()) >= 2
+    state = json.loads(json.dumps(batches.get_state()))
+    batches.close()
+    assert first == expected[:7] and state == {"next_index": 7}
+    # What two workers left is taken up by three.
+    assert _take(_batches(sources, batch_size=4, workers=3), 18, state) == expected[7:]
+    assert not multiprocessing.active_children()
+
+
+def test_a_stream_may_be_set_back_while_it_runs():
+    batches = _batches({"a": _source("a", 40)}, batch_size=4, threads=2)
+    first = _take(batches, 6)
+    batches.set_state({"next_index": 2})
+    assert _take(batches, 4) == first[2:]
+    assert batches.get_state() == {"next_index": 6}
+
+
+def test_an_error_in_a_worker_reaches_the_caller():
+    batches = _batches({"a": _source("a", 20)}, batch_size=4, workers=1, encode=_fail)
+    with pytest.raises(Exception, match="cannot be encoded"):
+        next(batches)
+    batches.close()
+
+
+def _fail(rows, documents):
+    raise UserError("this text cannot be encoded")
+
+
+def test_scored_candidates_are_drawn_anew_each_epoch_where_there_are_too_many():
+    source = _source("a", 8, documents=40, scores=True)
+    seen = []
+
+    def encode(rows, documents):
+        seen.extend(rows)
+        assert all(len(row["documents"]) == documents == 32 for row in rows)
+        return {"query": np.array([row["query"] for row in rows])}
+
+    def take(seed, host=0, hosts=1):
+        seen.clear()
+        batches = _batches(
+            {"a": source},
+            batch_size=8,
+            seed=seed,
+            host=host,
+            hosts=hosts,
+            encode=encode,
+            max_documents=32,
+        )
+        _take(batches, 3)
+        return {(epoch, row["query"]): row for epoch, row in zip(epochs(hosts), seen, strict=True)}
+
+    def epochs(hosts):
+        return [epoch for epoch in range(3) for _ in range(8 // hosts)]
+
+    drawn = take(seed=1)
+    assert len(drawn) == 24
+    for row in drawn.values():
+        places = [int(text.rsplit("/", 1)[1]) for text in row["documents"]]
+        assert places == sorted(set(places))  # each once, in the order of the row
+        assert row["scores"] == [float(place) for place in places]  # with its own score
+    chosen = {key: tuple(row["documents"]) for key, row in drawn.items()}
+    assert len({chosen[epoch, "a/0"] for epoch in range(3)}) == 3
+    assert len({tuple(p.rsplit("/", 1)[1] for p in places) for places in chosen.values()}) == 24
+    assert take(seed=1) == drawn and take(seed=2) != drawn
+    assert take(seed=1, host=0, hosts=2) | take(seed=1, host=1, hosts=2) == drawn
+
+
+def test_negatives_keep_their_order_and_the_first_are_used():
+    source = _source("a", 8, documents=7)
+    batch = next(_batches({"a": source}, batch_size=8))
+    for query, documents in zip(batch["query"], batch["documents"], strict=True):
+        assert documents.tolist() == [f"{query}/{i}" for i in range(4)]
 
 
 def test_a_batch_is_one_read(monkeypatch):
