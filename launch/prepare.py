@@ -31,6 +31,9 @@ MIN_CHARACTERS = flags.DEFINE_integer(
 MIN_DOCUMENTS = flags.DEFINE_integer(
     "min_documents", None, "Drop rows with fewer documents; 1 by default.", lower_bound=1
 )
+MAX_DOCUMENTS = flags.DEFINE_integer(
+    "max_documents", None, "Keep only the first so many documents of a row.", lower_bound=1
+)
 DEDUPLICATE = flags.DEFINE_boolean(
     "deduplicate", None, "Drop rows that repeat one before them word for word; so by default."
 )
@@ -77,7 +80,7 @@ def main() -> None:
             columns=prepare.parse_columns(COLUMNS.value),
             cleaning={
                 flag.name: flag.value
-                for flag in (MIN_CHARACTERS, MIN_DOCUMENTS, DEDUPLICATE)
+                for flag in (MIN_CHARACTERS, MIN_DOCUMENTS, MAX_DOCUMENTS, DEDUPLICATE)
                 if flag.value is not None
             },
             consistency=prepare.Consistency(

@@ -226,9 +226,10 @@ class ShardedBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
             return self._checked_manifest()
         with _quiet():
             self.download_and_prepare(
+                download_dir=str(self.unfinished),
                 download_config=tfds.download.DownloadConfig(
                     beam_runner=beam_runner, beam_options=beam_options
-                )
+                ),
             )
         for stale in self.folder.parent.glob("incomplete.*"):  # TFDS's, of a killed program
             shutil.rmtree(stale, ignore_errors=True)
@@ -361,6 +362,7 @@ class TextJob:
             try:
                 if isinstance(row, RowError):
                     raise row
+                row = self._cleaning.cut(row)
                 self._cleaning.check(row)
                 if place.ordinal in repeated:
                     raise RowError("it repeats a row before it", "duplicate")

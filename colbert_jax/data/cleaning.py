@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from colbert_jax.data.rows import Row, RowError
+from colbert_jax.data.rows import Row, RowError, cut_documents
 from colbert_jax.data.tables import Place
 
 # Why a row is dropped, in the order in which it is found out.
@@ -34,12 +34,20 @@ class Cleaning:
     Attributes:
       min_characters: of its query and of each document, white space at the ends aside.
       min_documents: how many documents (positive and negatives, or candidates) it has.
+      max_documents: how many of them are kept, the first; None keeps all.
       deduplicate: whether only the first of rows with the same query and documents is kept.
     """
 
     min_characters: int = 2
     min_documents: int = 1
+    max_documents: int | None = None
     deduplicate: bool = True
+
+    def cut(self, row: Row) -> Row:
+        """The row with at most `max_documents` documents."""
+        if self.max_documents is None or len(row["documents"]) <= self.max_documents:
+            return row
+        return cut_documents(row, self.max_documents)
 
     def check(self, row: Row) -> None:
         """Raises `RowError`, of kind "too_few_documents" or "too_short"."""
@@ -81,7 +89,7 @@ def find_duplicates(
     digests = np.memmap(scratch, np.uint64, "r+")
     try:
         for place, row in rows:
-            if not isinstance(row, RowError) and _passes(row, cleaning):
+            if not isinstance(row, RowError) and _passes(row := cleaning.cut(row), cleaning):
                 digests[place.ordinal] = _digest(row)
         ranges = -(-count // _DIGESTS_AT_ONCE)
         found = [_repeated(digests, index, ranges) for index in range(ranges)]

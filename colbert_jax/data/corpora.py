@@ -191,6 +191,10 @@ class NomicSupervised(HubCorpus):
     )
     document_length = 512 + 7
 
+    def default_cleaning(self) -> Cleaning:
+        """The recipe uses ten negatives at most; some rows have fifty."""
+        return Cleaning(max_documents=1 + 10)
+
 
 class MsMarcoDistillation(HubCorpus):
     """MS MARCO queries of phase 3, each with 32 candidates that a cross-encoder scored.
