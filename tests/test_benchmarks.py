@@ -147,3 +147,31 @@ def test_predicted_efficiency_starts_at_one_and_is_drawn(scaling: Any, tmp_path:
     scaling.draw_curves(tmp_path / "scaling.svg")
     drawing = (tmp_path / "scaling.svg").read_text()
     assert "<svg" in drawing and drawing.count('id="line2d') > 8
+
+
+def test_input_reports_pairs_per_second_of_tokens_and_of_text() -> None:
+    done = program("input", "--pairs=600", "--batch=100", "--rounds=2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    result = json.loads(done.stdout)
+    tokens, text = result["rows"]
+    assert (tokens["name"], text["name"]) == ("tokens", "text")
+    assert result["pairs_per_second"] == tokens["pairs_per_second"] > 0
+    assert result["text_pairs_per_second"] == text["pairs_per_second"] > 0
+    pairs = result["shape"]["pairs"]
+    assert 500 < pairs <= 600  # repeated pairs are dropped
+    for row in result["rows"]:
+        assert row["spread"][0] <= row["seconds"] <= row["spread"][1] and row["rounds"] == 2
+        taken = row["pairs_per_second"] * row["seconds"]
+        assert taken == pytest.approx(pairs // 100 * 100)
+        # Whole texts of at least [CLS], marker, prompt and [SEP] on either side, cut to 39 and 187.
+        assert 8 * taken < row["tokens_per_second"] * row["seconds"] < (39 + 187) * taken
+
+
+def test_input_refuses_what_it_cannot_read(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    done = program("input", f"--real-text={tmp_path / 'bad.jsonl'}")
+    assert done.returncode == 2 and "bad.jsonl" in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    done = program("input", "--pairs=64", "--batch=100")
+    assert done.returncode == 2 and "100 rows of a global batch" in done.stderr

@@ -341,6 +341,56 @@ def test_the_last_step_is_always_logged(tmp_path: Path, every: int, steps: list[
     assert [row["step"] for row in read_metrics(tmp_path)] == steps
 
 
+def test_the_next_batch_is_sent_while_the_devices_are_at_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    batches = Repeat({"x": np.zeros((8, 1), np.float32)})
+    metrics = {name: jnp.float32(1) for name in ("loss", "accuracy", "tokens")}
+
+    def place(batch: Batch, mesh: Any) -> Batch:
+        events.append(f"send {batches.count}")
+        return global_batch(batch, mesh)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        events.append("step")
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
+    def fetch(tree: Any) -> Any:
+        events.append("fetch")  # waits for the step to end
+        return jax.tree.map(np.asarray, tree)
+
+    class Noted(NoCheckpoints):
+        def due(self, step: int) -> bool:
+            return step == 2
+
+        def save(self, step: int, **state: Any) -> None:
+            events.append(f"save {step} at {state['input_state']['next_index']}")
+
+    monkeypatch.setattr("colbert_jax.train.global_batch", place)
+    monkeypatch.setattr("colbert_jax.train.jax.device_get", fetch)
+    log = MetricLog(tmp_path)
+    train(
+        TrainState(jnp.int32(0), {"model": {}, "loss": {}}, {}),
+        step,
+        batches,
+        mesh=make_mesh(),
+        total_steps=3,
+        batch_size=8,
+        log_every_steps=1,
+        log=log,
+        checkpoints=Noted(),
+        config={},
+        evaluate=lambda step, params: None,
+    )
+    log.close()
+    assert events == [
+        *("send 1", "step", "send 2", "fetch"),
+        *("step", "send 3", "fetch", "save 2 at 2"),
+        *("step", "fetch", "save 3 at 3"),
+    ]
+
+
 class NoCheckpoints(Checkpoints):
     def __init__(self) -> None:
         pass

@@ -1,6 +1,7 @@
 """The endless stream of batches: which rows come at which step, on every host alike."""
 
 import hashlib
+import json
 import logging
 import os
 import sys
@@ -23,13 +24,19 @@ _logger = logging.getLogger(__name__)
 class Batches:
     """An endless stream of batches, that can be taken up at any step.
 
-    Its state, `{"next_index": step}`, is fit for JSON and good for any number of hosts, worker
-    processes and threads. Close it when done.
+    Its state, `{"next_index": step, "sources": digest}`, is fit for JSON and good for any number of
+    hosts, worker processes and threads. Close it when done.
     """
 
-    def __init__(self, make_stream: Callable[[int], grain.IterDataset]):
-        """Begins at step 0; `make_stream(step)` makes the dataset of the batches from a step on."""
+    def __init__(self, make_stream: Callable[[int], grain.IterDataset], sources: str):
+        """Begins at step 0.
+
+        Args:
+          make_stream: `make_stream(step)` makes the dataset of the batches from a step on.
+          sources: a digest of what decides, beside a run's config, which rows come when.
+        """
         self._make_stream = make_stream
+        self._sources = sources
         self._next_index = 0
         self._iterator: grain.DatasetIterator | None = None
 
@@ -43,12 +50,22 @@ class Batches:
         self._next_index += 1
         return batch
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self) -> dict[str, Any]:
         """The position."""
-        return {"next_index": self._next_index}
+        return {"next_index": self._next_index, "sources": self._sources}
 
-    def set_state(self, state: Mapping[str, int]) -> None:
-        """Goes to a position."""
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to a position.
+
+        Raises:
+          UserError: it is one in other sources, where other rows would follow.
+        """
+        if state.get("sources", self._sources) != self._sources:
+            raise UserError(
+                "The sources have other names or numbers of rows than when the checkpoint was "
+                "written, so that other rows would follow: prepare them as they were, or start "
+                "another run from it with config.init_from."
+            )
         self.close()
         self._next_index = int(state["next_index"])
 
@@ -144,7 +161,9 @@ def make_batches(
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
         return stream.mp_prefetch(processes, worker_init_fn=_start_worker)
 
-    return Batches(make_stream)
+    sizes = {name: len(source) for name, source in sources.items()}
+    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()
+    return Batches(make_stream, digest[:16])
 
 
 def _start_worker(index: int, count: int) -> None:
