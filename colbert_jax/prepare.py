@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from colbert_jax.data.corpora import (
 )
 from colbert_jax.data.docstrings import DEFAULT_PACKAGES
 from colbert_jax.data.records import TextSource
+from colbert_jax.data.rows import OUR_COLUMNS, WANTED_COLUMNS
 from colbert_jax.errors import UserError
 from colbert_jax.tokenization import ColbertTokenizer
 
@@ -255,7 +257,11 @@ def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
         ours, equals, theirs = pair.partition("=")
         if not (ours and equals and theirs):
             raise UserError(f"--columns: {pair!r} is not of the form query=question.")
-        columns[ours.strip()] = theirs.strip()
+        if not re.fullmatch(OUR_COLUMNS, ours):
+            raise UserError(
+                f"--columns: {ours!r} is none of our columns, which are {WANTED_COLUMNS}."
+            )
+        columns[ours] = theirs
     return columns
 
 

@@ -83,11 +83,12 @@ def find_duplicates(
     """
     if not count:
         return np.zeros(0, np.int64)
-    with scratch.open("wb") as file:  # written out, since a full disk kills who maps into a hole
-        for start in range(0, count, _DIGESTS_AT_ONCE):
-            file.write(bytes(8 * min(_DIGESTS_AT_ONCE, count - start)))
-    digests = np.memmap(scratch, np.uint64, "r+")
+    digests = None
     try:
+        with scratch.open("wb") as file:  # written, since a full disk kills who maps into a hole
+            for start in range(0, count, _DIGESTS_AT_ONCE):
+                file.write(bytes(8 * min(_DIGESTS_AT_ONCE, count - start)))
+        digests = np.memmap(scratch, np.uint64, "r+")
         for place, row in rows:
             if not isinstance(row, RowError) and _passes(row := cleaning.cut(row), cleaning):
                 digests[place.ordinal] = _digest(row)
@@ -95,7 +96,7 @@ def find_duplicates(
         found = [_repeated(digests, index, ranges) for index in range(ranges)]
     finally:
         del digests
-        scratch.unlink()
+        scratch.unlink(missing_ok=True)
     return np.sort(np.concatenate(found))
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import logging
 import re
 import time
@@ -15,6 +16,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -35,6 +37,22 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Seconds to wait before each further attempt at what may pass: a busy or failing server, a cut
 # connection. The hub's client makes some attempts of its own within each.
 _WAITS = (2.0, 8.0, 30.0)
+
+_SILENCE = 60.0  # seconds that the hub may take to begin its answer
+
+# hf_xet, which fetches most files, raises bare RuntimeErrors; a proxy's log-in page is no JSON.
+_FAILURES = (_HTTP_ERROR, OSError, RuntimeError, json.JSONDecodeError)
+_NETWORK = (
+    None,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EPIPE,
+    errno.ETIMEDOUT,
+)
 
 _T = TypeVar("_T")
 
@@ -57,7 +75,9 @@ class Hub:
         """Returns the commit that `revision` (None: the main branch) stands for."""
         with self._user_errors(dataset, revision):
             api = HfApi(endpoint=self.endpoint)
-            sha = _patiently(lambda: api.dataset_info(dataset, revision=revision).sha)
+            sha = _patiently(
+                lambda: api.dataset_info(dataset, revision=revision, timeout=_SILENCE).sha
+            )
         if not sha:
             raise UserError(f"The hub names no commit of {dataset}: give a revision.")
         return sha
@@ -106,7 +126,8 @@ class Hub:
             raise UserError(
                 f"{dataset} has no revision {revision}: check it, or leave it out for the newest."
             ) from None
-        except (_HTTP_ERROR, OSError, EntryNotFoundError) as error:
+        except (*_FAILURES, EntryNotFoundError) as failure:
+            error = _cause(failure)
             response = getattr(error, "response", None)
             if file and response is not None and response.status_code == 404:
                 raise UserError(
@@ -126,7 +147,8 @@ def _patiently(ask: Callable[[], _T]) -> _T:
     for wait in _WAITS:
         try:
             return ask()
-        except (_HTTP_ERROR, OSError) as error:
+        except _FAILURES as failure:
+            error = _cause(failure)
             if not _may_pass(error):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -135,13 +157,18 @@ def _patiently(ask: Callable[[], _T]) -> _T:
     return ask()
 
 
-def _may_pass(error: Exception) -> bool:
+def _may_pass(error: BaseException) -> bool:
     if constants.HF_HUB_OFFLINE or isinstance(error, OfflineModeIsEnabled):
         return False
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code in (408, 429) or response.status_code >= 500
-    return getattr(error, "errno", None) not in (errno.ENOSPC, errno.EACCES, errno.EROFS)
+    return getattr(error, "errno", None) in _NETWORK
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the client hides behind the file not being cached."""
+    return error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error
 
 
 def hub_fingerprint(dataset: str, revision: str | None = None, *, hub: Hub | None = None) -> str:

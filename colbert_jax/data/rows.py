@@ -22,6 +22,8 @@ WANTED_COLUMNS = (
     "or query, documents, scores; or query, pos, neg (and pos_scores, neg_scores)"
 )
 
+OUR_COLUMNS = r"query|documents?|scores|negative(_\d+)?|(pos|neg)(_scores)?"
+
 # A longer line is no training text, and holding it would be the end of flat memory.
 MAX_ROW_BYTES = 8 << 20
 
@@ -139,7 +141,8 @@ def read_table(
 ) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     """Yields `(row number from 1, {column: value})` of a JSON-lines or Parquet file.
 
-    A line that is no JSON object comes as the `RowError` that says why.
+    A line that is no JSON object, or lacks columns that the file's first has, comes as the
+    `RowError` that says why.
 
     Args:
       path: the file; its suffix says what it is.
@@ -240,7 +243,10 @@ def _read_json_lines(
                 try:
                     choose_columns(names)
                 except RowError as reason:
-                    raise UserError(f"{path}, row {number}: {reason}.") from None
+                    if not accepted and not part.start:  # the file is of another kind
+                        raise UserError(f"{path}, row {number}: {reason}.") from None
+                    yield number, reason
+                    continue
                 accepted.add(names)
             yield number, record
 
@@ -403,7 +409,9 @@ def _parse_flag_embedding(record: dict[str, Any]) -> Row:
 
 def _texts(values: Any, name: str) -> list[str]:
     if not isinstance(values, list):
-        raise RowError(f'"{name}" is {_kind(values)}; make it a list of texts or remove the row')
+        kind = "empty" if values is None else "invalid"
+        reason = f'"{name}" is {_kind(values)}; make it a list of texts or remove the row'
+        raise RowError(reason, kind)
     return [_text(value, name) for value in values]
 
 
@@ -413,7 +421,10 @@ def _text(value: Any, name: str) -> str:
         raise RowError(f'"{name}" holds {_kind(value)}; put a text there or remove the row', kind)
     if not value.strip():
         raise RowError(f'"{name}" holds a blank text; put words there or remove the row', "empty")
-    if not value.isascii() and not _is_unicode(value):
+    if len(value) > MAX_ROW_BYTES:
+        reason = f'"{name}" holds more than {MAX_ROW_BYTES >> 20} MiB; cut or remove it'
+        raise RowError(reason, "too_long")
+    if not value.isascii() and not is_unicode(value):
         raise RowError(
             f'"{name}" holds half of a surrogate pair; mend the text or remove the row',
             "undecodable",
@@ -421,7 +432,7 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether `text` has a UTF-8 form; JSON can hold half of a surrogate pair, which has none."""
     try:
         text.encode()
@@ -434,7 +445,8 @@ def _scores(record: dict[str, Any], name: str, documents: list[str]) -> list[flo
     values = record.get(name)
     if not isinstance(values, list):
         raise RowError(
-            f'"{name}" is {_kind(values)}; make it a list with one number for each document'
+            f'"{name}" is {_kind(values)}; make it a list with one number for each document',
+            "empty" if values is None else "invalid",
         )
     return check_scores(values, len(documents), name)
 
@@ -453,7 +465,7 @@ def check_scores(values: Sequence[Any], count: int, name: str = "scores") -> lis
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise RowError(f'"{name}" holds {_kind(value)}; put a number there or remove the row')
         if not abs(value) <= _LARGEST_SCORE:
-            raise RowError(f'"{name}" holds {value!r:.20}, not a finite number; remove the row')
+            raise RowError(f'"{name}" holds a number that is not finite; remove the row')
     return [float(value) for value in values]
 
 

@@ -15,6 +15,7 @@ from colbert_jax.data.rows import (
     Row,
     RowError,
     check_scores,
+    is_unicode,
     read_rows,
     read_table,
     require_columns,
@@ -111,7 +112,9 @@ class JoinedTable:
         file, part, first = stretch
         choose = require_columns("query_id", "document_ids", "scores")
         records = read_table(self.paths[file], choose, part)
-        with contextlib.closing(sqlite3.connect(f"file:{self.texts}?mode=ro", uri=True)) as texts:
+        with contextlib.closing(
+            sqlite3.connect(f"{self.texts.absolute().as_uri()}?mode=ro", uri=True)
+        ) as texts:
             while block := list(_take(records, _JOIN_ROWS)):
                 parsed = [(number, _parse_joined(record)) for number, record in block]
                 known = _look_up(texts, [ids for _, ids in parsed if not isinstance(ids, RowError)])
@@ -261,7 +264,7 @@ def _texts(name: str, path: Path, id_column: str) -> Iterator[tuple[str, str]]:
         if isinstance(record, RowError):
             continue  # the row that wants this text is dropped, and counted
         text = record.get("text")
-        if isinstance(text, str) and text.strip():
+        if isinstance(text, str) and text.strip() and is_unicode(text):
             try:
                 yield _identifier(record.get(id_column)), text
             except RowError as reason:
@@ -326,7 +329,12 @@ def _identifier(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         kind = "empty" if value is None else "invalid"
         raise RowError(f"{value!r:.40} is no id; a text or a whole number is wanted", kind)
-    return str(value)
+    if isinstance(value, str) and not is_unicode(value):
+        raise RowError("an id holds half of a surrogate pair", "undecodable")
+    try:
+        return str(value)
+    except ValueError:  # Python writes no decimal digits of numbers that are very long
+        raise RowError("an id has too many digits") from None
 
 
 def _as_list(record: dict[str, Any], name: str) -> list[Any]:
@@ -336,7 +344,9 @@ def _as_list(record: dict[str, Any], name: str) -> list[Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            with contextlib.suppress(
+                ValueError, TypeError, SyntaxError, RecursionError, MemoryError
+            ):
                 value = ast.literal_eval(value)
     if not isinstance(value, list):
         raise RowError(f'"{name}" is not a list', "empty" if value is None else "invalid")
