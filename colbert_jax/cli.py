@@ -14,7 +14,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from colbert_jax.errors import UserError
+from colbert_jax.errors import UserError, printable
 
 USER_ERROR_STATUS = 2
 
@@ -59,7 +59,7 @@ def show_log() -> None:
 
 
 def _fail(error: UserError) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
+    print(printable(f"error: {error}"), file=sys.stderr)
     sys.exit(USER_ERROR_STATUS)
 
 

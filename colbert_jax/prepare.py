@@ -14,13 +14,14 @@ from colbert_jax.data.corpora import (
     CORPORA,
     docstring_builders,
     file_builder,
+    find_corpus,
     hub_builders,
-    source_name,
+    source_names,
 )
 from colbert_jax.data.docstrings import DEFAULT_PACKAGES
 from colbert_jax.data.records import TextSource
 from colbert_jax.data.rows import OUR_COLUMNS, WANTED_COLUMNS
-from colbert_jax.errors import UserError
+from colbert_jax.errors import UserError, printable
 from colbert_jax.tokenization import ColbertTokenizer
 
 logger = logging.getLogger(__name__)
@@ -77,14 +78,14 @@ def prepare(request: Request) -> None:
         began = time.perf_counter()
         known = builder.is_prepared()
         manifest = builder.prepare(request.beam_runner, options)
-        print(describe_text(name, manifest, builder, None if known else began))
+        print(printable(describe_text(name, manifest, builder, None if known else began)))
         if tokenizer is not None:
             began = time.perf_counter()
             tokens = TokenBuilder(TextSource(builder.folder), tokenizer, request.tokenizer or "")
             known = tokens.is_prepared()
             told = tokens.prepare(request.beam_runner, options)
-            print(describe_tokens(told, tokens, None if known else began))
-    print(training_flags(request, list(builders)))
+            print(printable(describe_tokens(told, tokens, None if known else began)))
+    print(printable(training_flags(request, list(builders))))
 
 
 def open_builders(request: Request, folder: Path) -> dict[str, TextBuilder]:
@@ -96,7 +97,8 @@ def open_builders(request: Request, folder: Path) -> dict[str, TextBuilder]:
         if not request.sources:
             raise UserError("--source is missing: with --corpus=files it is a file's path.")
         extra["columns"] = request.columns
-        return {source_name(path): file_builder(path, folder, **extra) for path in request.sources}
+        names = source_names(request.sources)
+        return {name: file_builder(path, folder, **extra) for name, path in names.items()}
     if request.corpus == "docstrings":
         if request.columns:
             raise UserError("The columns of docstrings are known: leave out --columns.")
@@ -119,7 +121,7 @@ def open_tokenizer(request: Request) -> ColbertTokenizer:
     name = request.tokenizer
     length = request.document_length
     if length is None:
-        known = CORPORA.get(request.corpus or "")
+        known = find_corpus(request.corpus or "")
         length = known.document_length if known else 512 + 7
     return read_tokenizer(
         str(Path(name) / "model") if is_run(name) else name,

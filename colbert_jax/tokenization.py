@@ -10,6 +10,7 @@ queries, the skip list for documents.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import string
 from collections.abc import Iterable, Sequence
@@ -92,6 +93,9 @@ class ColbertTokenizer:
         ids = [tokenizer.convert_tokens_to_ids(word) for word in config.skiplist_words]
         self._skipped = np.zeros(len(tokenizer), bool)
         self._skipped[[i for i in ids if i is not None]] = True
+        # How many special tokens end a text: [SEP], where a tokenizer has it.
+        marks = tokenizer.backend_tokenizer.encode("a").special_tokens_mask
+        self._tail = len(list(itertools.takewhile(bool, reversed(marks))))
         self._queries = self._side(config.query_prefix, config.query_length)
         self._documents = self._side(config.document_prefix, config.document_length)
 
@@ -199,9 +203,12 @@ class ColbertTokenizer:
         return [[*ids[:1], marker_id, *ids[1:]] for ids in rows]
 
     def _pad(self, rows: Sequence[Ids], width: int) -> TokenBatch:
-        # The last token, [SEP], stays when a text is cut, as the tokenizer's own truncation has it.
+        # What ends a text stays when it is cut, as the tokenizer's own truncation has it.
+        body = width - self._tail
         arrays = [
-            np.asarray(ids if len(ids) <= width else [*ids[: width - 1], ids[-1]], np.int32)
+            np.asarray(
+                ids if len(ids) <= width else [*ids[:body], *ids[len(ids) - self._tail :]], np.int32
+            )
             for ids in rows
         ]
         lengths = np.fromiter(map(len, arrays), np.int32, len(arrays))

@@ -24,6 +24,7 @@ import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from filelock import FileLock, Timeout
+from google.protobuf import json_format
 from tqdm import tqdm
 
 from colbert_jax.data.cleaning import REASONS, Cleaning, find_duplicates
@@ -143,20 +144,34 @@ class Summary:
             self.kept = kept
 
 
+class _OwnInfo(tfds.core.DatasetInfo):
+    """TFDS's description of a data set, of which nobody else keeps another."""
+
+    def initialize_from_bucket(self) -> None:
+        """Asks nobody; TFDS would leave an empty temporary folder behind each time."""
+
+
 class ShardedBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """A TFDS builder whose finished shards outlive a kill, with Beam or without."""
 
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, *, data_dir: str | Path, config: Any = None):
-        with _quiet():
-            super().__init__(data_dir=str(data_dir), config=config, file_format="array_record")
+        try:
+            with _quiet():
+                super().__init__(data_dir=str(data_dir), config=config, file_format="array_record")
+        except json_format.ParseError as error:
+            name = config if isinstance(config, str) else config.name
+            raise UserError(
+                f"{Path(data_dir) / self.name / name} is damaged ({error}): remove it, so that it "
+                "is prepared anew."
+            ) from None
         self.folder = Path(self.data_dir)
         self._show_after_seconds = 0.0
         self.unfinished = self.folder.parent / f".{self.folder.name}.unfinished"
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(builder=self, features=self.get_features())
+        return _OwnInfo(builder=self, features=self.get_features())
 
     def get_features(self) -> tfds.features.FeaturesDict:
         """The columns of a record."""
@@ -198,18 +213,28 @@ class ShardedBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
             of it under way, or one that was asked for otherwise.
         """
         self._show_after_seconds = show_after_seconds
-        if self.is_prepared():  # perhaps on a disk that cannot be written
+        if self.is_prepared():
+            self._tidy()  # in vain where the disk cannot be written
             return self._checked_manifest()
         lock = FileLock(self.folder.parent / ".lock")
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            if wait:
-                with contextlib.suppress(Timeout):
-                    lock.acquire(timeout=0.1)
-                if not lock.is_locked:
-                    _logger.info("waiting for another preparation of %s", self.folder)
-            with lock.acquire(timeout=-1 if wait else 0):
-                return self._prepare(beam_runner, beam_options)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                if not wait:
+                    raise
+                _logger.info("waiting for another preparation of %s", self.folder)
+                lock.acquire()
+            try:
+                if not self.is_prepared():  # by the one that was waited for
+                    self.download_and_prepare(
+                        download_config=tfds.download.DownloadConfig(
+                            beam_runner=beam_runner, beam_options=beam_options
+                        )
+                    )
+            finally:
+                lock.release()
         except Timeout:
             raise UserError(
                 f"Another preparation of {self.folder.parent} is under way: wait for it, or choose "
@@ -220,21 +245,19 @@ class ShardedBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
                 f"{self.folder} cannot be written ({error.strerror or error}): make room there, or "
                 "choose another folder."
             ) from error
-
-    def _prepare(self, beam_runner: str | None, beam_options: Any) -> dict[str, Any]:
-        if self.is_prepared():  # by the one that was waited for
-            return self._checked_manifest()
-        with _quiet():
-            self.download_and_prepare(
-                download_dir=str(self.unfinished),
-                download_config=tfds.download.DownloadConfig(
-                    beam_runner=beam_runner, beam_options=beam_options
-                ),
-            )
-        for stale in self.folder.parent.glob("incomplete.*"):  # TFDS's, of a killed program
-            shutil.rmtree(stale, ignore_errors=True)
-        shutil.rmtree(self.unfinished, ignore_errors=True)
         return read_manifest(self.folder)
+
+    def download_and_prepare(self, **kwargs: Any) -> None:
+        """TFDS's own way to prepare; `prepare` says in one sentence what goes wrong."""
+        with _quiet():
+            super().download_and_prepare(**{"download_dir": str(self.unfinished)} | kwargs)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Removes what killed programs left of a source that is prepared now."""
+        for stale in [*self.folder.parent.glob("incomplete.*"), self.unfinished]:
+            if stale.exists():
+                shutil.rmtree(stale, ignore_errors=True)
 
     def _checked_manifest(self) -> dict[str, Any]:
         manifest = read_manifest(self.folder)
@@ -269,7 +292,8 @@ class ShardedBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
         with contextlib.suppress(OSError, ValueError):
             kept = json.loads(note.read_text(encoding="utf-8"))
         if kept != json.loads(json.dumps(request)):
-            shutil.rmtree(self.unfinished, ignore_errors=True)
+            if self.unfinished.exists():
+                shutil.rmtree(self.unfinished)
             self.unfinished.mkdir(parents=True)
             _write_durably(note, json.dumps(request))
 
@@ -315,7 +339,7 @@ class ShardedBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
         files = []
         for index, (shard, summary) in enumerate(shards):
             path = Path(template.sharded_filepath(shard_index=index, num_shards=len(shards)))
-            _shard_path(self.unfinished, shard).rename(path)
+            _link(_shard_path(self.unfinished, shard), path)
             about = {key: summary[key] for key in ("kept", "bytes", "sha256", "rows_sha256")}
             files.append({"name": path.name} | about)
         split = tfds.core.SplitInfo(
@@ -362,8 +386,7 @@ class TextJob:
             try:
                 if isinstance(row, RowError):
                     raise row
-                row = self._cleaning.cut(row)
-                self._cleaning.check(row)
+                row = self._cleaning.apply(row)
                 if place.ordinal in repeated:
                     raise RowError("it repeats a row before it", "duplicate")
             except RowError as reason:
@@ -606,12 +629,12 @@ def _read_all(table: Table, stretches: Sequence[Stretch]) -> Iterator[tuple[Plac
 
 def _sample(rows: Iterable[tuple[Place, Row | RowError]], total: int, count: int) -> list[str]:
     """First documents of about so many rows, evenly spaced."""
-    stride = max(total // count, 1)
+    wanted = {i * total // count for i in range(count)}
     return [
         row["documents"][0]
         for place, row in rows
-        if place.ordinal % stride == 0 and not isinstance(row, RowError)
-    ][:count]
+        if place.ordinal in wanted and not isinstance(row, RowError)
+    ]
 
 
 def _ticking(items: Iterable[Any], tick: Tick) -> Iterator[Any]:
@@ -695,6 +718,14 @@ def _finished(folder: Path, shard: Shard) -> dict[str, Any] | None:
         return told if path.stat().st_size == told["bytes"] else None
     except (OSError, ValueError):
         return None
+
+
+def _link(path: Path, to: Path) -> None:
+    """A second name for a file, so that it outlives a failure of what comes next."""
+    try:
+        to.hardlink_to(path)
+    except OSError:  # some file systems have no such names
+        path.rename(to)
 
 
 def _checked(path: Path, write: Callable[..., object], *record: bytes) -> None:

@@ -1,5 +1,6 @@
 """Which rows of a raw corpus are kept: readable, long enough, the first of their kind."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,24 +44,25 @@ class Cleaning:
     max_documents: int | None = None
     deduplicate: bool = True
 
-    def cut(self, row: Row) -> Row:
-        """The row with at most `max_documents` documents."""
-        if self.max_documents is None or len(row["documents"]) <= self.max_documents:
-            return row
-        return cut_documents(row, self.max_documents)
+    def apply(self, row: Row) -> Row:
+        """The row as it is kept, with at most `max_documents` documents.
 
-    def check(self, row: Row) -> None:
-        """Raises `RowError`, of kind "too_few_documents" or "too_short"."""
+        Raises:
+          RowError: of kind "too_few_documents" or "too_short".
+        """
         if len(row["documents"]) < self.min_documents:
             raise RowError(
                 f"it has {len(row['documents'])} documents where {self.min_documents} are wanted",
                 "too_few_documents",
             )
+        if self.max_documents is not None and len(row["documents"]) > self.max_documents:
+            row = cut_documents(row, self.max_documents)
         for text in (row["query"], *row["documents"]):
             if len(text.strip()) < self.min_characters:
                 raise RowError(
                     f"a text has fewer than {self.min_characters} characters", "too_short"
                 )
+        return row
 
 
 def find_duplicates(
@@ -90,22 +92,15 @@ def find_duplicates(
                 file.write(bytes(8 * min(_DIGESTS_AT_ONCE, count - start)))
         digests = np.memmap(scratch, np.uint64, "r+")
         for place, row in rows:
-            if not isinstance(row, RowError) and _passes(row := cleaning.cut(row), cleaning):
-                digests[place.ordinal] = _digest(row)
+            with contextlib.suppress(RowError):  # what is dropped is nobody's first
+                if not isinstance(row, RowError):
+                    digests[place.ordinal] = _digest(cleaning.apply(row))
         ranges = -(-count // _DIGESTS_AT_ONCE)
         found = [_repeated(digests, index, ranges) for index in range(ranges)]
     finally:
         del digests
         scratch.unlink(missing_ok=True)
     return np.sort(np.concatenate(found))
-
-
-def _passes(row: Row, cleaning: Cleaning) -> bool:
-    try:
-        cleaning.check(row)
-    except RowError:
-        return False
-    return True
 
 
 def _digest(row: Row) -> int:

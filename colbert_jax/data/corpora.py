@@ -108,7 +108,7 @@ class HubCorpus(TextBuilder, skip_registration=True):  # type: ignore[call-arg]
         return {
             "dataset": self.dataset,
             "split": self.split,
-            "columns": dict(self.columns),
+            "columns": dict(self.columns) if self.columns or resolved else None,
             "revision": self._commit or None,
         }
 
@@ -290,16 +290,16 @@ class Files(TextBuilder):
           UserError: a file is not there.
         """
         self._paths, self._columns = paths, dict(columns or {})
-        stats = [(str(path.absolute()), *_file_stat(path)) for path in paths]
-        digest = hashlib.sha256(repr((stats, sorted(self._columns.items()))).encode())
-        self._stats = digest.hexdigest()
+        stats = [(str(path.resolve()), *_file_stat(path)) for path in paths]
+        self._stats = hashlib.sha256(repr(stats).encode()).hexdigest()
         # A file that changes, or another of its name, is another source.
         folder = f"{safe_name(name)}-{self._stats[:8]}"
         super().__init__(config=_config(folder), **kwargs)
 
     def origin(self, resolved: bool) -> dict[str, Any]:
         """The files' paths, sizes and times."""
-        return {"files": [str(path) for path in self._paths], "state": self._stats}
+        columns = self._columns if self._columns or resolved else None
+        return {"state": self._stats, "columns": columns}
 
     def open_table(self) -> Table:
         """The files as they are."""
@@ -371,21 +371,19 @@ def open_corpus(config: Mapping[str, Any]) -> Corpus:
     """
     folder = Path(config["cache_dir"]).expanduser()
     if config["files"]:
-        names = [source_name(path) for path in config["files"]]
-        # Files of one name, from different folders, are told apart by their whole paths.
-        names = [
-            name if names.count(name) == 1 else path
-            for name, path in zip(names, config["files"], strict=True)
-        ]
-        return Corpus(
-            {name: _open_file(p, folder) for name, p in zip(names, config["files"], strict=True)}
-        )
+        names = source_names(config["files"])
+        return Corpus({name: _open_file(path, folder) for name, path in names.items()})
     if config["corpus"] == "docstrings":
         return _open_docstrings(config, folder)
     if not config["corpus"]:
         raise UserError("There is nothing to train on: set config.input.files or .corpus.")
     builders = hub_builders(config["corpus"], config["sources"], config["revision"], folder)
     return Corpus({name: _prepared(builder) for name, builder in builders.items()})
+
+
+def find_corpus(name: str) -> type[HubCorpus] | None:
+    """The corpus of a name, ours or the hub's, if it is known."""
+    return next((cls for cls in CORPORA.values() if name in (cls.name, cls.dataset)), None)
 
 
 def hub_builders(
@@ -404,8 +402,7 @@ def hub_builders(
       UserError: there is no such corpus or source.
     """
     kwargs |= {"data_dir": folder, "revision": revision or None}
-    known = next((cls for cls in CORPORA.values() if corpus in (cls.name, cls.dataset)), None)
-    if known is not None:
+    if (known := find_corpus(corpus)) is not None:
         names = [source.name for source in known.sources]
         for name in sources:
             if name not in names:
@@ -490,12 +487,14 @@ def _open_tokens(name: str, source: Source, tokenizer: ColbertTokenizer) -> Sour
             raise UserError(f"Source {name} ({source.folder}) has no tokens: {prepare}.")
         made = "; ".join(
             f"{other['name']} with prompts {other['query_prompt']!r} and "
-            f"{other['document_prompt']!r}, hash {other['fingerprint'][:16]}"
+            f"{other['document_prompt']!r} (hash {other['fingerprint'][:16]})"
             for other in others
         )
+        config = tokenizer.config
         raise UserError(
-            f"Source {name} ({source.folder}) was tokenized for {made}, but the model's tokenizer "
-            f"and prompts have hash {token_folder(tokenizer)}: {prepare}."
+            f"Source {name} ({source.folder}) was tokenized for {made}, but the run's prompts are "
+            f"{config.query_prompt!r} and {config.document_prompt!r}, and the hash with its "
+            f"tokenizer is {token_folder(tokenizer)}: {prepare}."
         )
     tokens = TokenSource(folder)
     for key in ("query_length", "document_length"):
@@ -531,6 +530,15 @@ def _open_docstrings(config: Mapping[str, Any], folder: Path) -> Corpus:
 def _prepared(builder: TextBuilder) -> Source:
     builder.prepare(wait=True, show_after_seconds=1.0)
     return TextSource(builder.folder)
+
+
+def source_names(paths: Sequence[str]) -> dict[str, str]:
+    """Files by what their sources are called; those of one name by their whole paths."""
+    names = [source_name(path) for path in paths]
+    return {
+        name if names.count(name) == 1 else path: path
+        for name, path in zip(names, paths, strict=True)
+    }
 
 
 def source_name(path: str) -> str:

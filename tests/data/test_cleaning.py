@@ -39,7 +39,7 @@ def _found(folder, rows, cleaning=ANYTHING, **kwargs):
 
 def _kind(row, **cleaning):
     try:
-        Cleaning(**cleaning).check(row)
+        Cleaning(**cleaning).apply(row)
     except RowError as reason:
         assert str(reason) and reason.kind in REASONS
         return reason.kind
@@ -80,16 +80,26 @@ def test_the_lack_of_documents_is_told_before_that_of_characters():
 
 def test_a_check_leaves_the_row_as_it_was():
     row = _row("  abc ", " def")
-    Cleaning().check(row)
+    Cleaning().apply(row)
     assert row == _row("  abc ", " def")
 
 
 def test_rows_are_cut_to_their_first_documents_and_the_scores_of_these():
     row = _row("q", "a", "b", "c", scores=[3.0, 2.0, 1.0])
-    assert Cleaning(max_documents=2).cut(row) == _row("q", "a", "b", scores=[3.0, 2.0])
-    assert Cleaning(max_documents=3).cut(row) == Cleaning(max_documents=9).cut(row) == row
-    assert Cleaning().cut(row) == row == _row("q", "a", "b", "c", scores=[3.0, 2.0, 1.0])
-    assert Cleaning(max_documents=1).cut(_row("q", "a", "b")) == _row("q", "a")
+    assert Cleaning(min_characters=1, max_documents=2).apply(row) == _row(
+        "q", "a", "b", scores=[3.0, 2.0]
+    )
+    assert (
+        Cleaning(min_characters=1, max_documents=3).apply(row)
+        == Cleaning(min_characters=1, max_documents=9).apply(row)
+        == row
+    )
+    assert (
+        Cleaning(min_characters=1).apply(row)
+        == row
+        == _row("q", "a", "b", "c", scores=[3.0, 2.0, 1.0])
+    )
+    assert Cleaning(min_characters=1, max_documents=1).apply(_row("q", "a", "b")) == _row("q", "a")
 
 
 # --- duplicates ---
