@@ -27,11 +27,11 @@ import tokenizers
 from harness import Parser, not_negative, note, positive, run_program
 from transformers import PreTrainedTokenizerFast
 
-from colbert_jax.data.builders import TokenBuilder
 from colbert_jax.data.corpora import file_builder
 from colbert_jax.data.encode import make_encode
 from colbert_jax.data.pipeline import batches_per_epoch, make_batches
 from colbert_jax.data.records import Source, TextSource, TokenSource
+from colbert_jax.data.tokens import TokenBuilder
 from colbert_jax.errors import UserError
 from colbert_jax.tokenization import ColbertTokenizer, TokenizationConfig, train_tokenizer
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from colbert_jax.data.builders import Keep, RowFilter, TextBuilder, TokenBuilder
 from colbert_jax.data.corpora import (
     CORPORA,
     docstring_builders,
@@ -21,6 +20,8 @@ from colbert_jax.data.corpora import (
 from colbert_jax.data.docstrings import DEFAULT_PACKAGES
 from colbert_jax.data.records import TextSource
 from colbert_jax.data.rows import OUR_COLUMNS, WANTED_COLUMNS
+from colbert_jax.data.text import Keep, RowFilter, TextBuilder
+from colbert_jax.data.tokens import TokenBuilder
 from colbert_jax.errors import UserError, printable
 from colbert_jax.tokenization import ColbertTokenizer
 

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from colbert_jax.checkpoint import Checkpoints, read_config
 from colbert_jax.colbert import Params, make_embed, param_shapes
-from colbert_jax.data.corpora import Corpus, open_corpus, open_tokens
 from colbert_jax.data.encode import make_encode, sample_lengths
+from colbert_jax.data.inputs import Corpus, open_corpus, open_tokens
 from colbert_jax.data.pipeline import batches_per_epoch, make_batches
 from colbert_jax.errors import UserError
 from colbert_jax.export import export_run

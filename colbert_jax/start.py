@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from colbert_jax import huggingface
 from colbert_jax.checkpoint import Checkpoints, read_config
 from colbert_jax.colbert import ColbertConfig, DenseConfig, Params, init_params
-from colbert_jax.data.corpora import Corpus
+from colbert_jax.data.inputs import Corpus
 from colbert_jax.errors import UserError
 from colbert_jax.huggingface import Model
 from colbert_jax.modernbert import ModernBertConfig

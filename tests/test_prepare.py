@@ -28,8 +28,10 @@ from ml_collections import config_flags
 from transformers import PreTrainedTokenizerFast
 
 from colbert_jax.data import builders, corpora, docstrings, tables
-from colbert_jax.data.corpora import CORPORA, open_corpus, open_tokens
+from colbert_jax.data import text as text_module
+from colbert_jax.data.corpora import CORPORA
 from colbert_jax.data.hub import Hub
+from colbert_jax.data.inputs import open_corpus, open_tokens
 from colbert_jax.data.records import TextSource, TokenSource
 from colbert_jax.huggingface import read_tokenizer
 
@@ -53,7 +55,7 @@ class Result:
 
 def _hold_before(number, go):
     """Cuts small shards, and waits with one of them until a file is there."""
-    builders._FEWEST_ROWS, tables._MARK_ROWS = 20, 10
+    text_module._FEWEST_ROWS, tables._MARK_ROWS = 20, 10
     write = builders.write_shard
 
     def held(job, shard, *rest):

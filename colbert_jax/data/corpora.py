@@ -1,4 +1,4 @@
-"""The corpora that are known by name, as TFDS builders; and what a run trains on.
+"""The corpora that are known by name, as TFDS builders.
 
 A corpus of the hub is a class of a few lines: see `NomicSupervised`.
 """
@@ -8,7 +8,7 @@ import glob
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
@@ -16,16 +16,8 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from colbert_jax.data import docstrings
-from colbert_jax.data.builders import TextBuilder, TokenBuilder, token_folder
 from colbert_jax.data.cleaning import Cleaning
 from colbert_jax.data.hub import Hub, hub_fingerprint, split_files
-from colbert_jax.data.records import (
-    MANIFEST_FILE,
-    Source,
-    TextSource,
-    TokenSource,
-    read_manifest,
-)
 from colbert_jax.data.rows import Row
 from colbert_jax.data.tables import (
     FilesTable,
@@ -35,13 +27,12 @@ from colbert_jax.data.tables import (
     describe_files,
     index_texts,
 )
+from colbert_jax.data.text import TextBuilder
 from colbert_jax.errors import UserError
-from colbert_jax.tokenization import ColbertTokenizer
 
 _logger = logging.getLogger(__name__)
 
 HeldOut = tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]]]
-
 _REDDIT = "Reddit's terms"
 _S2ORC = "ODC-BY 1.0, non-commercial; papers their own"
 _YAHOO = "Yahoo's terms, academic use only"
@@ -332,55 +323,6 @@ CORPORA: dict[str, type[HubCorpus]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """What a run trains on.
-
-    Attributes:
-      sources: rows by the source's name.
-      held_out: documents, queries and judgements that were kept out of the sources, if the corpus
-        brings its own evaluation.
-    """
-
-    sources: dict[str, Source]
-    held_out: HeldOut | None = None
-
-    def texts(self, most_rows: int = 100_000) -> Iterator[str]:
-        """Queries and documents of evenly spaced rows, as a tokenizer's training wants them."""
-        stride = max(1, sum(len(source) for source in self.sources.values()) // most_rows)
-        for source in self.sources.values():
-            for start in range(0, len(source), 1024 * stride):
-                # a block at a time: single reads of a record file are a hundred times slower
-                stop = min(start + 1024 * stride, len(source))
-                for row in source.__getitems__(range(start, stop, stride)):
-                    yield row["query"]
-                    yield from row["documents"]
-
-
-def open_corpus(config: Mapping[str, Any]) -> Corpus:
-    """Opens the corpus of `config.input`, and prepares first what of it is not.
-
-    Args:
-      config: `files` (local JSON Lines or Parquet, or folders that `launch/prepare.py` made, each a
-        source) go before `corpus`, which is one of `CORPORA`, "docstrings", or the hub name of
-        another data set; `sources` are then the corpus's sources (none: all), the packages, or the
-        set's splits, and `revision` is the hub's. Prepared corpora lie in `cache_dir`.
-
-    Raises:
-      UserError: a file or row that cannot be used, or a hub that cannot be reached.
-    """
-    folder = Path(config["cache_dir"]).expanduser()
-    if config["files"]:
-        names = source_names(config["files"])
-        return Corpus({name: _open_file(path, folder) for name, path in names.items()})
-    if config["corpus"] == "docstrings":
-        return _open_docstrings(config, folder)
-    if not config["corpus"]:
-        raise UserError("There is nothing to train on: set config.input.files or .corpus.")
-    builders = hub_builders(config["corpus"], config["sources"], config["revision"], folder)
-    return Corpus({name: _prepared(builder) for name, builder in builders.items()})
-
-
 def find_corpus(name: str) -> type[HubCorpus] | None:
     """The corpus of a name, ours or the hub's, if it is known."""
     return next((cls for cls in CORPORA.values() if name in (cls.name, cls.dataset)), None)
@@ -462,74 +404,6 @@ def docstring_builders(
         for name, some in own.items()
     }
     return builders, docstrings.held_out_collection(held_out)
-
-
-def open_tokens(corpus: Corpus, tokenizer: ColbertTokenizer) -> Corpus:
-    """The same corpus in tokens, where it was prepared with this tokenizer.
-
-    Raises:
-      UserError: a source has no tokens, those of another tokenizer or prompt, or cut too short.
-    """
-    sources = {name: _open_tokens(name, s, tokenizer) for name, s in corpus.sources.items()}
-    return dataclasses.replace(corpus, sources=sources)
-
-
-def _open_tokens(name: str, source: Source, tokenizer: ColbertTokenizer) -> Source:
-    assert isinstance(source, TextSource)
-    parent = source.folder / TokenBuilder.name
-    folder = parent / token_folder(tokenizer) / str(TokenBuilder.VERSION)
-    prepare = "run launch/prepare.py with --tokenizer, or set config.input.tokenized=False"
-    if not (folder / MANIFEST_FILE).is_file():
-        others = [
-            read_manifest(path.parent)["tokenizer"] for path in parent.glob("*/*/manifest.json")
-        ]
-        if not others:
-            raise UserError(f"Source {name} ({source.folder}) has no tokens: {prepare}.")
-        made = "; ".join(
-            f"{other['name']} with prompts {other['query_prompt']!r} and "
-            f"{other['document_prompt']!r} (hash {other['fingerprint'][:16]})"
-            for other in others
-        )
-        config = tokenizer.config
-        raise UserError(
-            f"Source {name} ({source.folder}) was tokenized for {made}, but the run's prompts are "
-            f"{config.query_prompt!r} and {config.document_prompt!r}, and the hash with its "
-            f"tokenizer is {token_folder(tokenizer)}: {prepare}."
-        )
-    tokens = TokenSource(folder)
-    for key in ("query_length", "document_length"):
-        stored, wanted = tokens.manifest["tokenizer"][key], getattr(tokenizer.config, key)
-        if stored < wanted:
-            raise UserError(
-                f"Source {name} ({folder}) was tokenized with {key}={stored}, but "
-                f"config.model.{key}={wanted}: lower it, or remove the folder and {prepare}."
-            )
-    return tokens
-
-
-def _open_file(path: str, folder: Path) -> Source:
-    if Path(path).expanduser().is_dir():
-        return TextSource(prepared_folder(Path(path).expanduser()))
-    return _prepared(file_builder(path, folder))
-
-
-def prepared_folder(folder: Path) -> Path:
-    """A prepared source's folder, given that or one around it that holds just one version."""
-    if not (folder / MANIFEST_FILE).is_file():
-        versions = [path.parent for path in folder.glob(f"*/{MANIFEST_FILE}")]
-        if len(versions) == 1:
-            return versions[0]
-    return folder
-
-
-def _open_docstrings(config: Mapping[str, Any], folder: Path) -> Corpus:
-    builders, held_out = docstring_builders(config["sources"], folder)
-    return Corpus({name: _prepared(builder) for name, builder in builders.items()}, held_out)
-
-
-def _prepared(builder: TextBuilder) -> Source:
-    builder.prepare(wait=True, show_after_seconds=1.0)
-    return TextSource(builder.folder)
 
 
 def source_names(paths: Sequence[str]) -> dict[str, str]:

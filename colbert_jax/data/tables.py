@@ -54,7 +54,7 @@ class Table(Protocol):
         """All rows in order, cut finely."""
 
     def read(self, stretch: Stretch) -> Iterator[tuple[Place, Row | RowError]]:
-        """The rows of a stretch, which may span several of `stretches()` that touch."""
+        """The rows of a stretch, which may join several of `stretches()` in one file."""
 
 
 @dataclass(frozen=True)
@@ -191,17 +191,25 @@ def _file_stretches(paths: Sequence[Path]) -> list[Stretch]:
     return stretches
 
 
-def merge_stretches(stretches: Sequence[Stretch], rows: int) -> list[Stretch]:
-    """Joins neighbours of one file until each has at least so many rows, a file's last aside."""
-    merged: list[Stretch] = []
+def group_stretches(stretches: Sequence[Stretch], rows: int) -> list[tuple[Stretch, ...]]:
+    """Gathers stretches that follow one another until each group, but the last, has so many rows.
+
+    Neighbours of one file are joined into one stretch.
+    """
+    groups: list[list[Stretch]] = []
+    count = rows
     for stretch in stretches:
-        last = merged[-1] if merged else None
-        if last is not None and last.file == stretch.file and (last.part.rows or 0) < rows:
-            count = (last.part.rows or 0) + (stretch.part.rows or 0)
-            merged[-1] = last._replace(part=last.part._replace(rows=count))
+        if count >= rows:
+            groups.append([])
+            count = 0
+        group, added = groups[-1], stretch.part.rows or 0
+        if group and group[-1].file == stretch.file:
+            joined = group[-1].part._replace(rows=(group[-1].part.rows or 0) + added)
+            group[-1] = group[-1]._replace(part=joined)
         else:
-            merged.append(stretch)
-    return merged
+            group.append(stretch)
+        count += added
+    return [tuple(group) for group in groups]
 
 
 def describe_files(paths: Sequence[Path]) -> dict[str, Any]:

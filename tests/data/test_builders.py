@@ -22,16 +22,15 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from colbert_jax.data import builders, cleaning, corpora, rows, tables
-from colbert_jax.data.builders import (
-    RowFilter,
-    TokenBuilder,
-    token_features,
-)
+from colbert_jax.data import builders, cleaning, corpora, rows, shards, tables
+from colbert_jax.data import text as text_module
 from colbert_jax.data.cleaning import Cleaning
-from colbert_jax.data.corpora import Corpus, file_builder, open_corpus, open_tokens
+from colbert_jax.data.corpora import file_builder
 from colbert_jax.data.encode import make_encode
+from colbert_jax.data.inputs import Corpus, open_corpus, open_tokens
 from colbert_jax.data.records import Source, TextSource, TokenSource
+from colbert_jax.data.text import RowFilter
+from colbert_jax.data.tokens import TokenBuilder, token_features
 from colbert_jax.errors import UserError
 from colbert_jax.tokenization import ColbertTokenizer, TokenizationConfig, load_tokenizer
 
@@ -46,14 +45,14 @@ CONFIG = {"files": (), "corpus": "", "sources": (), "revision": ""}
 
 def _small_shards():
     """Shards of twenty rows and more, whatever the file."""
-    builders._FEWEST_ROWS, builders._MOST_ROWS, tables._MARK_ROWS = 20, 100, 10
-    builders._BLOCK_ROWS = 7
+    text_module._FEWEST_ROWS, text_module._MOST_ROWS, tables._MARK_ROWS = 20, 100, 10
+    text_module._BLOCK_ROWS = 7
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     for module, names in (
-        (builders, ("_FEWEST_ROWS", "_MOST_ROWS", "_BLOCK_ROWS")),
+        (text_module, ("_FEWEST_ROWS", "_MOST_ROWS", "_BLOCK_ROWS")),
         (tables, ("_MARK_ROWS",)),
     ):
         for name in names:  # so that they are set back
@@ -143,8 +142,8 @@ def test_rows_of_several_files_come_once_each_and_in_order(tmp_path):
 def test_any_cut_of_any_rows_keeps_each_good_row_once(tmp_path, monkeypatch, seed):
     random = np.random.default_rng(seed)
     monkeypatch.setattr(tables, "_MARK_ROWS", int(random.integers(1, 12)))
-    monkeypatch.setattr(builders, "_FEWEST_ROWS", int(random.integers(1, 30)))
-    monkeypatch.setattr(builders, "_MOST_ROWS", int(random.integers(1, 40)))
+    monkeypatch.setattr(text_module, "_FEWEST_ROWS", int(random.integers(1, 30)))
+    monkeypatch.setattr(text_module, "_MOST_ROWS", int(random.integers(1, 40)))
     records, kinds = _pairs(150), random.choice(["good", "blank", "bad", "short"], 150)
     lines = {"blank": b" ", "bad": b"{", "short": b'{"query": "a", "document": "bc"}'}
     mixed = [
@@ -167,11 +166,11 @@ def test_any_cut_of_any_rows_keeps_each_good_row_once(tmp_path, monkeypatch, see
 def test_a_source_is_cut_in_sixteen_within_bounds(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "_MARK_ROWS", 1)
     path = _write(tmp_path / "rows.jsonl", _pairs(160))
-    for fewest, most, shards in ((1, 100, 16), (40, 100, 4), (1, 4, 40)):
-        monkeypatch.setattr(builders, "_FEWEST_ROWS", fewest)
-        monkeypatch.setattr(builders, "_MOST_ROWS", most)
-        builder = file_builder(str(path), tmp_path / f"out{shards}")
-        assert len(builder.prepare()["shards"]) == shards
+    for fewest, most, count in ((1, 100, 16), (40, 100, 4), (1, 4, 40)):
+        monkeypatch.setattr(text_module, "_FEWEST_ROWS", fewest)
+        monkeypatch.setattr(text_module, "_MOST_ROWS", most)
+        builder = file_builder(str(path), tmp_path / f"out{count}")
+        assert len(builder.prepare()["shards"]) == count
 
 
 def test_the_digests_of_a_manifest_are_those_of_its_files_and_of_its_rows(tmp_path):
@@ -380,14 +379,14 @@ def _before_each_change(act):
         if event in _CHANGES or writes:
             act(next(number))
 
-    write, records = builders._checked, itertools.count()
+    write, records = shards._checked, itertools.count()
 
     def checked(path, *arguments):
         if next(records) % 5 == 0:
             act(next(number))
         return write(path, *arguments)
 
-    builders._checked = checked
+    shards._checked = checked
     sys.addaudithook(hook)
 
 
@@ -540,14 +539,14 @@ def test_a_failure_after_the_last_shard_costs_no_shard(tmp_path, monkeypatch):
     path = _write(tmp_path / "rows.jsonl", _pairs(67))
     reference = _facts(file_builder(str(path), tmp_path / "whole").prepare())
     with monkeypatch.context() as patched:
-        write = builders._write_durably
+        write = builders.write_durably
 
         def full(path, text):
             if path.name == "manifest.json":
                 raise OSError(errno.ENOSPC, "No space left on device")
             write(path, text)
 
-        patched.setattr(builders, "_write_durably", full)
+        patched.setattr(builders, "write_durably", full)
         with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
             file_builder(str(path), tmp_path / "out").prepare()
     written = _count_writes(monkeypatch)
@@ -580,7 +579,7 @@ def test_only_shards_that_are_missing_or_not_as_they_were_are_written(tmp_path, 
     shards[1].unlink()
     shards[2].with_suffix(".json").write_text("{")
     written = _count_writes(monkeypatch)
-    monkeypatch.setattr(builders, "find_duplicates", None)  # they are known already
+    monkeypatch.setattr(text_module, "find_duplicates", None)  # they are known already
     assert _facts(file_builder(str(path), tmp_path / "out").prepare()) == reference
     assert written == [0, 1, 2, 4]
     assert not _leftovers(tmp_path / "out")
@@ -724,7 +723,7 @@ def _open_read_only(path, folder):
 
     def hook(event, arguments):
         writes = event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
-        if writes or event in _CHANGES and event != "shutil.rmtree":  # which has its own attempts
+        if writes or (event in _CHANGES and event != "shutil.rmtree"):  # which has its own attempts
             raise OSError(errno.EROFS, "Read-only file system")
 
     sys.addaudithook(hook)
@@ -850,7 +849,7 @@ def test_a_filter_chooses_among_the_rows_that_cleaning_leaves(tmp_path):
     first = manifest["first_dropped"]["inconsistent"]
     assert first.startswith(f"{path}, row 2: ")
     assert list(itertools.chain(*blocks)) == [record["query"] for record in records]
-    assert 1 < max(map(len, blocks)) <= builders._BLOCK_ROWS
+    assert 1 < max(map(len, blocks)) <= text_module._BLOCK_ROWS
     assert manifest["request"]["filter"] == "every third"
     (sample,) = samples
     assert 8 <= len(sample) <= 10 and set(sample) <= {record["document"] for record in records}
@@ -932,7 +931,7 @@ def real_rows(real_texts, tmp_path_factory):
     ]
     sources = {}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(builders, "_FEWEST_ROWS", 20)
+        patched.setattr(text_module, "_FEWEST_ROWS", 20)
         patched.setattr(tables, "_MARK_ROWS", 10)
         for name, records in (("plain", plain), ("scored", scored)):
             path = _write(folder / f"{name}.jsonl", records)

@@ -18,10 +18,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from colbert_jax.data import builders, docstrings, tables
-from colbert_jax.data.builders import RowFilter, TextBuilder
+from colbert_jax.data import text as text_module
 from colbert_jax.data.corpora import (
     CORPORA,
-    Corpus,
     Docstrings,
     HubCorpus,
     HubFiles,
@@ -32,12 +31,13 @@ from colbert_jax.data.corpora import (
     docstring_builders,
     file_builder,
     hub_builders,
-    open_corpus,
     safe_name,
     source_name,
 )
 from colbert_jax.data.hub import Hub
+from colbert_jax.data.inputs import Corpus, open_corpus
 from colbert_jax.data.records import ListSource, TextSource
+from colbert_jax.data.text import RowFilter, TextBuilder
 from colbert_jax.errors import UserError
 
 _FORKS = multiprocessing.get_context("forkserver")
@@ -72,7 +72,7 @@ class FolderHub:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(builders, "_FEWEST_ROWS", 20)
+    monkeypatch.setattr(text_module, "_FEWEST_ROWS", 20)
     monkeypatch.setattr(tables, "_MARK_ROWS", 10)
 
 
@@ -542,7 +542,7 @@ def test_texts_of_tables_are_never_run_or_used_as_names(tmp_path, monkeypatch):
 
 def _join_where(folder, act, argument):
     """Joins the tables in a process whose disk is full, or that is killed."""
-    builders._FEWEST_ROWS, tables._MARK_ROWS = 20, 10
+    text_module._FEWEST_ROWS, tables._MARK_ROWS = 20, 10
     hub = FolderHub(folder / "hub")
     builder = MsMarcoDistillation(config="train", data_dir=folder / "out", hub=hub)
     act(argument)

@@ -296,9 +296,9 @@ def test_queries_with_fewer_candidates_than_the_recipe_wants_are_dropped_by_defa
     cleaning = _ms_marco(tmp_path).default_cleaning()
     row = {"query": "query", "documents": ["text"] * 31, "scores": [0.0] * 31}
     with pytest.raises(RowError) as caught:
-        cleaning.check(row)
+        cleaning.apply(row)
     assert caught.value.kind == "too_few_documents"
-    cleaning.check({**row, "documents": ["text"] * 32})
+    cleaning.apply({**row, "documents": ["text"] * 32})
 
 
 @pytest.mark.parametrize("wrong", ["train", "queries", "documents"])

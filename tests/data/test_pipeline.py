@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colbert_jax.data.builders import TextBuilder
 from colbert_jax.data.corpora import file_builder
 from colbert_jax.data.pipeline import batches_per_epoch, make_batches
 from colbert_jax.data.records import ListSource, TextSource
+from colbert_jax.data.text import TextBuilder
 from colbert_jax.errors import UserError
 
 

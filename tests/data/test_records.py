@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from colbert_jax.data import builders, tables
+from colbert_jax.data import tables
+from colbert_jax.data import text as text_module
 from colbert_jax.data.corpora import file_builder
 from colbert_jax.data.records import ListSource, Source, TextSource, read_manifest
 from colbert_jax.errors import UserError
@@ -42,7 +43,7 @@ def _prepare(folder, rows):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in flat))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(builders, "_FEWEST_ROWS", 20)
+        patched.setattr(text_module, "_FEWEST_ROWS", 20)
         patched.setattr(tables, "_MARK_ROWS", 10)
         builder = file_builder(str(path), folder / "prepared")
         builder.prepare()

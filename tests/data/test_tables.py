@@ -24,8 +24,8 @@ from colbert_jax.data.tables import (
     SequentialReader,
     Stretch,
     describe_files,
+    group_stretches,
     index_texts,
-    merge_stretches,
 )
 from colbert_jax.errors import UserError
 
@@ -81,7 +81,7 @@ def _every_way(table, rows_at_least, finished=frozenset()):
         same = before is not None and before.file == stretch.file
         assert stretch.part.start == (before.part.start + before.part.rows if same else 0)
         first += stretch.part.rows
-    merged = merge_stretches(fine, rows_at_least)
+    merged = [s for group in group_stretches(fine, rows_at_least) for s in group]
     assert sum(s.part.rows for s in merged) == first
 
     expected = [row for s in fine for row in _comparable(table.read(s))]
@@ -201,24 +201,21 @@ def test_files_are_cut_where_rows_are_many(tmp_path, suffix):
     assert place == (20_000, f"0.{suffix}, row 20001") and row["query"] == "q 20000"
 
 
-def test_merged_stretches_stay_within_a_file_and_have_enough_rows():
+def test_groups_have_enough_rows_of_whichever_files_and_neighbours_are_joined():
     def stretch(file, start, rows, first):
         return Stretch(file, Part(start, rows, 10 * start), first)
 
     fine = [stretch(0, 10 * i, 10, 10 * i) for i in range(7)]
     fine += [stretch(1, 0, 10, 70), stretch(2, 0, 10, 80), stretch(2, 10, 3, 90)]
-    assert merge_stretches(fine, 25) == [
-        stretch(0, 0, 30, 0),
-        stretch(0, 30, 30, 30),
-        stretch(0, 60, 10, 60),
-        stretch(1, 0, 10, 70),
-        stretch(2, 0, 13, 80),
+    assert group_stretches(fine, 25) == [
+        (stretch(0, 0, 30, 0),),
+        (stretch(0, 30, 30, 30),),
+        (stretch(0, 60, 10, 60), stretch(1, 0, 10, 70), stretch(2, 0, 10, 80)),
+        (stretch(2, 10, 3, 90),),
     ]
-    assert merge_stretches(fine, 30) == merge_stretches(fine, 25)
-    assert (
-        merge_stretches(fine, 1) == merge_stretches(fine, 10) == fine
-        and merge_stretches([], 5) == []
-    )
+    assert group_stretches(fine, 30) == group_stretches(fine, 25)
+    assert group_stretches(fine, 1) == [(one,) for one in fine]
+    assert group_stretches([], 5) == []
 
 
 def test_a_file_is_opened_anew_where_the_reader_was_left_in_the_midst(tmp_path, monkeypatch):
