@@ -77,6 +77,10 @@ class ShardedBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
         """
         raise NotImplementedError
 
+    def check_request(self, was: dict[str, Any]) -> None:
+        """Raises `UserError` if a prepared folder is not what is asked for."""
+        check_same(was, self.request(resolved=False), self.folder)
+
     def open_job(self) -> tuple[Job, dict[str, Any]]:
         """The shards to write, and what the manifest says beside their sums."""
         raise NotImplementedError
@@ -153,7 +157,7 @@ class ShardedBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
 
     def _checked_manifest(self) -> dict[str, Any]:
         manifest = read_manifest(self.folder)
-        _check_same(manifest["request"], self.request(resolved=False), self.folder)
+        self.check_request(manifest["request"])
         return manifest
 
     def is_prepared(self) -> bool:
@@ -256,7 +260,8 @@ def _link(path: Path, to: Path) -> None:
         path.rename(to)
 
 
-def _check_same(was: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
+def check_same(was: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
+    """Raises `UserError`, naming the first value that is asked for otherwise; None asks nothing."""
     asked = json.loads(json.dumps(asked))
     for key in sorted(was.keys() | asked.keys()):
         if was.get(key) != asked.get(key) and asked.get(key) is not None:

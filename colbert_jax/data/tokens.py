@@ -1,5 +1,6 @@
 """Prepared text as token ids: tokenized once, for one tokenizer and its prompts."""
 
+import hashlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from colbert_jax.data.builders import ShardedBuilder
+from colbert_jax.data.builders import ShardedBuilder, check_same
 from colbert_jax.data.records import MANIFEST_FILE, TextSource, TokenSource, read_manifest
 from colbert_jax.data.rows import Part
 from colbert_jax.data.shards import Shard, Summary
@@ -84,8 +85,14 @@ class TokenBuilder(ShardedBuilder, skip_registration=True):  # type: ignore[call
             "fingerprint": self._tokenizer.fingerprint(),
             "query_length": config.query_length,
             "document_length": config.document_length,
-            "text": [shard["rows_sha256"] for shard in self._source.manifest["shards"]],
+            "text": text_digest(self._source),
         }
+
+    def check_request(self, was: dict[str, Any]) -> None:
+        """As `ShardedBuilder.check_request`; tokens that were cut later than asked for will do."""
+        lengths = ("query_length", "document_length")
+        longer = {key: was[key] for key in lengths if was[key] > self.request(False)[key]}
+        check_same(was, self.request(resolved=False) | longer, self.folder)
 
     def open_job(self) -> tuple[TokenJob, dict[str, Any]]:
         """One shard for each of the text."""
@@ -113,6 +120,12 @@ def token_features(vocab_size: int, scored: bool) -> tfds.features.FeaturesDict:
     ids = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     features = {"query": vector(ids), "documents": vector(ids), "lengths": vector(np.uint32)}
     return tfds.features.FeaturesDict(features | ({"scores": vector(np.float32)} if scored else {}))
+
+
+def text_digest(source: TextSource) -> str:
+    """SHA-256 of a prepared source's rows, which its tokens must have been made of."""
+    digests = [shard["rows_sha256"] for shard in source.manifest["shards"]]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def token_folder(tokenizer: ColbertTokenizer) -> str:
@@ -152,6 +165,11 @@ def open_source_tokens(name: str, source: TextSource, tokenizer: ColbertTokenize
             f"tokenizer is {token_folder(tokenizer)}: {prepare}."
         )
     tokens = TokenSource(folder)
+    if tokens.manifest["request"]["text"] != text_digest(source):
+        raise UserError(
+            f"Source {name} ({folder}) was tokenized from other text than that beside it: remove "
+            f"the folder and {prepare}."
+        )
     for key in ("query_length", "document_length"):
         stored, wanted = tokens.manifest["tokenizer"][key], getattr(tokenizer.config, key)
         if stored < wanted:

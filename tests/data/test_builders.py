@@ -1121,10 +1121,29 @@ def test_tokens_of_two_tokenizers_lie_beside_each_other(tmp_path, tokenizer_file
         builder.prepare()
         row = open_tokens(Corpus({"a": source}), tokenizer).sources["a"][0]
         assert row["query"].tolist() == tokenizer.query_ids([source[0]["query"]])[0]
-        with pytest.raises(UserError, match=r"document_length=180, not 60"):
-            shorter = _tokenizer(tokenizer_file, query_prompt=prompt, document_length=60)
-            TokenBuilder(source, shorter).prepare()
+        with pytest.raises(UserError, match=r"document_length=180, not 190"):
+            longer = _tokenizer(tokenizer_file, query_prompt=prompt, document_length=190)
+            TokenBuilder(source, longer).prepare()
+        # Those that are there hold all that is asked for.
+        shorter = _tokenizer(tokenizer_file, query_prompt=prompt, document_length=60)
+        assert TokenBuilder(source, shorter).prepare()["tokenizer"]["document_length"] == 180
     assert len(_all(text)) == 30  # tokens within a folder do not disturb it
+
+
+def test_tokens_of_other_text_are_refused(tmp_path, tokenizer_file):
+    sources = []
+    for name in ("one", "other"):
+        path = _write(tmp_path / name / "rows.jsonl", _pairs(30, name))
+        text = file_builder(str(path), tmp_path / "out")
+        text.prepare()
+        sources.append(TextSource(text.folder))
+    tokenizer = _tokenizer(tokenizer_file)
+    TokenBuilder(sources[0], tokenizer).prepare()
+    (sources[0].folder / "tokens").rename(sources[1].folder / "tokens")
+    with pytest.raises(UserError, match="tokenized from other text"):
+        open_tokens(Corpus({"a": sources[1]}), tokenizer)
+    with pytest.raises(UserError, match="was prepared with text="):
+        TokenBuilder(sources[1], tokenizer).prepare()
 
 
 # --- a tokenizer's fingerprint ---
