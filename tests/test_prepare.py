@@ -84,6 +84,8 @@ def _launch(arguments, cwd, hub=None, limit=None, hold=None):
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    # What runs in the background of a shell has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [str(PROGRAM), *arguments]
     try:
         runpy.run_path(str(PROGRAM), run_name="__main__")
