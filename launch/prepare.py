@@ -1,4 +1,4 @@
-"""Prepares a corpus for training: fetches, cleans, stores and tokenizes it, once.
+r"""Prepares a corpus for training: fetches, cleans, stores and tokenizes it, once.
 
     python launch/prepare.py --list
     python launch/prepare.py --corpus=nomic_unsupervised --source=squad --output=data \

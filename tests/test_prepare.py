@@ -233,9 +233,10 @@ def test_other_options_for_a_prepared_source_are_refused(tmp_path, model):
     assert prepare(*given, "--min_characters=4", cwd=tmp_path).status == 0
     line = error_of(prepare(*given, "--min_characters=5", cwd=tmp_path))
     assert "'min_characters': 4" in line and "'min_characters': 5" in line
-    line = error_of(prepare(*given, "--query_length=20", cwd=tmp_path))
-    assert "query_length=39" in line and "not 20" in line
-    assert prepare(*given, cwd=tmp_path).status == 0
+    line = error_of(prepare(*given, "--query_length=40", cwd=tmp_path))
+    assert "query_length=39" in line and "not 40" in line
+    for asked in ((), ("--query_length=20",)):  # what is there holds it
+        assert prepare(*given, *asked, cwd=tmp_path).status == 0
 
 
 # --- what it refuses ---

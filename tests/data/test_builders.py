@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from colbert_jax.data import builders, cleaning, corpora, rows, shards, tables
 from colbert_jax.data import text as text_module
+from colbert_jax.data import tokens as tokens_module
 from colbert_jax.data.cleaning import Cleaning
 from colbert_jax.data.corpora import file_builder
 from colbert_jax.data.encode import make_encode
@@ -554,6 +555,17 @@ def test_a_failure_after_the_last_shard_costs_no_shard(tmp_path, monkeypatch):
     assert written == []
 
 
+def test_a_file_system_without_second_names_will_do(tmp_path, monkeypatch):
+    def unsupported(*_, **__):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", unsupported)
+    path = _write(tmp_path / "rows.jsonl", _pairs(50))
+    builder = file_builder(str(path), tmp_path / "out")
+    builder.prepare()
+    assert _all(builder) == _expected(_pairs(50)) and not _leftovers(tmp_path)
+
+
 def _stop_before(monkeypatch, number):
     """Lets a preparation stop before it writes a certain shard."""
     write = builders.write_shard
@@ -583,6 +595,18 @@ def test_only_shards_that_are_missing_or_not_as_they_were_are_written(tmp_path, 
     assert _facts(file_builder(str(path), tmp_path / "out").prepare()) == reference
     assert written == [0, 1, 2, 4]
     assert not _leftovers(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["plan.json", "duplicates.npy", "request.json"])
+def test_any_note_of_an_unfinished_preparation_may_be_lost(tmp_path, monkeypatch, name):
+    path = _write(tmp_path / "rows.jsonl", [*_pairs(70), *_pairs(25)])
+    reference = _facts(file_builder(str(path), tmp_path / "whole").prepare())
+    builder = file_builder(str(path), tmp_path / "out")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        _stop_before(patched, 2)
+        builder.prepare()
+    (builder.unfinished / name).unlink()  # as a removal that was killed leaves it
+    assert _facts(file_builder(str(path), tmp_path / "out").prepare()) == reference
 
 
 def test_shards_of_another_request_are_thrown_away(tmp_path, monkeypatch):
@@ -948,10 +972,12 @@ LENGTHS = {"query_length": 48, "document_length": 300}
 def tokenized(real_rows, tokenizer_file):
     """The same in tokens."""
     corpus = {}
-    for name, source in real_rows.items():
-        builder = TokenBuilder(source, _tokenizer(tokenizer_file, **LENGTHS), "a model")
-        builder.prepare()
-        corpus[name] = TokenSource(builder.folder)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tokens_module, "_BLOCK_ROWS", 7)
+        for name, source in real_rows.items():
+            builder = TokenBuilder(source, _tokenizer(tokenizer_file, **LENGTHS), "a model")
+            builder.prepare()
+            corpus[name] = TokenSource(builder.folder)
     return corpus
 
 
