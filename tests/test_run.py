@@ -277,7 +277,9 @@ def test_tokens_of_another_prompt_or_none_are_refused(
         document_prompt=PROMPTS["document"],
     )
     prepare(request)
-    with pytest.raises(UserError, match=r"tokenized for .*'query: '.*but the run's prompts are 'search_query: '"):
+    with pytest.raises(
+        UserError, match=r"tokenized for .*'query: '.*but the run's prompts are 'search_query: '"
+    ):
         run(config, tmp_path / "run")
 
 

@@ -188,6 +188,7 @@ class ShardedBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
         with contextlib.suppress(OSError, ValueError):
             kept = json.loads(note.read_text(encoding="utf-8"))
         if kept != json.loads(json.dumps(request)):
+            note.unlink(missing_ok=True)  # before what it vouches for
             if self.unfinished.exists():
                 shutil.rmtree(self.unfinished)
             self.unfinished.mkdir(parents=True)

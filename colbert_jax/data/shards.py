@@ -163,7 +163,9 @@ def write_with_beam(job: Job, todo: Sequence[Shard], folder: Path, config: Any) 
                 | "Spread" >> beam.Reshuffle()
                 | "Write" >> beam.Map(lambda shard: write_shard(job, shard, folder))
             )
-    except (RuntimeError, ValueError, AttributeError) as error:
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # each runner has its own, and wraps a worker's as it likes
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"Beam's {config.beam_runner} failed ({lines[-1]}): see its log; the shards that it "

@@ -164,6 +164,8 @@ class TextBuilder(ShardedBuilder, skip_registration=True):  # type: ignore[call-
         table = self.open_table()
         plan, duplicates = self.unfinished / "plan.json", self.unfinished / "duplicates.npy"
         try:
+            if cleaning.deduplicate:
+                duplicates.stat()
             groups = [
                 tuple(Stretch(file, Part(*part), first) for file, part, first in group)
                 for group in json.loads(plan.read_text(encoding="utf-8"))
