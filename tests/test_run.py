@@ -278,7 +278,7 @@ def test_tokens_of_another_prompt_or_none_are_refused(
     )
     prepare(request)
     with pytest.raises(
-        UserError, match=r"tokenized for .*'query: '.*but the run's prompts are 'search_query: '"
+        UserError, match=r"tokenized for .*'query: '.*but the run's .*'search_query: '"
     ):
         run(config, tmp_path / "run")
 
