@@ -30,6 +30,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.32,<1",
+        "protobuf>=4",
         "pyarrow>=17",
         "safetensors>=0.5",
         "tensorboardX>=2.6.2",

@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.input.tokenized = False  # whether to read token ids that launch/prepare.py stored
     config.input.batch_size = 128  # queries a step, over all devices
     config.input.max_documents = (
-        32  # candidates of a query: the first 32, with their scores as stored
+        32  # candidates of a query, with their scores as stored; of more, 32 are drawn each epoch
     )
     config.input.cache_dir = "~/.cache/colbert_jax"  # prepared corpora are kept here
     config.input.workers = 0  # processes that read and encode ahead, on each host; 0: none

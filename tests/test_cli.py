@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from colbert_jax import cli
+from colbert_jax.data.corpora import CORPORA
 from colbert_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -313,6 +314,15 @@ RECIPE: dict[str, dict[str, Any]] = {
         "evals.every_steps": 400,
     },
 }
+
+
+@pytest.mark.parametrize("name", ["pretrain", "supervised"])
+def test_a_phase_trains_on_every_source_of_its_corpus(name: str) -> None:
+    config = config_of(name)
+    known = [source.name for source in CORPORA[config.input.corpus].sources]
+    assert list(config.input.sources) == known
+
+
 EVERY_PHASE: dict[str, Any] = {
     "model.query_length": 39,
     "model.query_prompt": "search_query: ",
