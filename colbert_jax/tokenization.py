@@ -90,6 +90,7 @@ class ColbertTokenizer:
         self.config = config
         self.tokenizer = tokenizer
         self.pad_id: int = tokenizer.mask_token_id
+        self._fingerprint: str | None = None
         ids = [tokenizer.convert_tokens_to_ids(word) for word in config.skiplist_words]
         self._skipped = np.zeros(len(tokenizer), bool)
         self._skipped[[i for i in ids if i is not None]] = True
@@ -118,6 +119,11 @@ class ColbertTokenizer:
         The files of a tokenizer may differ and mean the same: truncation, padding and decoding play
         no part here, and neither do `[PAD]`, expansion and the skip list.
         """
+        if self._fingerprint is None:  # a fifth of a second, for each source of a corpus
+            self._fingerprint = self._work_out_fingerprint()
+        return self._fingerprint
+
+    def _work_out_fingerprint(self) -> str:
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         parts = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
         fields = ("query_prefix", "document_prefix", "query_prompt", "document_prompt")

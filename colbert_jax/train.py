@@ -411,9 +411,10 @@ def train(
         disable=jax.process_index() > 0,
         dynamic_ncols=True,
     )
-    waited, since, last_logged = 0.0, time.perf_counter(), first
+    since, last_logged = time.perf_counter(), first
     with bar:
         batch: Batch = global_batch(next(batches), mesh) if first < total_steps else {}
+        waited = time.perf_counter() - since
         for step in range(first + 1, total_steps + 1):
             state, metrics = train_step(state, batch)
             # Where a restored run stands: this step's batch was taken, the next was not.

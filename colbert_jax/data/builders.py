@@ -227,7 +227,7 @@ class ShardedBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
             if summary["kept"]:
                 shards.append((shard, summary))
         if not shards:
-            why = "; ".join(f"{place}" for place in total.first_dropped.values())
+            why = "; ".join(total.first_dropped.values())
             raise UserError(
                 f"{self.folder}: none of {total.read} rows can be used"
                 + (f" (the first: {why})." if why else ": give a source that has some.")

@@ -100,14 +100,27 @@ class _Prepared:
     def __len__(self) -> int:
         return len(self._records)
 
-    def _read(self, indices: Sequence[SupportsIndex]) -> list[dict[str, Any]]:
+    def __getitem__(self, index: SupportsIndex) -> Row:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[SupportsIndex]) -> list[Row]:
+        """Returns the rows at `indices`, in that order, from one read.
+
+        Raises:
+          IndexError: an index is not in `[0, len(self))`.
+          UserError: a file is damaged.
+        """
         positions = [index.__index__() for index in indices]
         if positions and not 0 <= min(positions) <= max(positions) < len(self):
             raise IndexError(f"an index is outside the {len(self)} rows of {self.folder}")
         try:
-            return self._records.__getitems__(positions)
+            records = self._records.__getitems__(positions)
         except Exception as error:  # ArrayRecord, zstd and protocol buffers each raise their own
             raise _damaged(self.folder, error) from None
+        return [self._to_row(record) for record in records]
+
+    def _to_row(self, record: dict[str, Any]) -> Row:
+        raise NotImplementedError
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.folder)!r})"
@@ -116,47 +129,23 @@ class _Prepared:
 class TextSource(_Prepared):
     """A `Source` of texts: the folder that a `TextBuilder` made."""
 
-    def __getitem__(self, index: SupportsIndex) -> Row:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[SupportsIndex]) -> list[Row]:
-        """Returns the rows at `indices`, in that order, from one read.
-
-        Raises:
-          IndexError: an index is not in `[0, len(self))`.
-          UserError: a file is damaged.
-        """
-        return [
-            Row(
-                query=record["query"].decode(),
-                documents=[text.decode() for text in record["documents"]],
-                scores=[float(score) for score in record["scores"]] if self.has_scores else None,
-            )
-            for record in self._read(indices)
-        ]
+    def _to_row(self, record: dict[str, Any]) -> Row:
+        return Row(
+            query=record["query"].decode(),
+            documents=[text.decode() for text in record["documents"]],
+            scores=[float(score) for score in record["scores"]] if self.has_scores else None,
+        )
 
 
 class TokenSource(_Prepared):
     """A `Source` of token ids: the folder that a `TokenBuilder` made."""
 
-    def __getitem__(self, index: SupportsIndex) -> Row:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[SupportsIndex]) -> list[Row]:
-        """Returns the rows at `indices`, in that order, from one read.
-
-        Raises:
-          IndexError: an index is not in `[0, len(self))`.
-          UserError: a file is damaged.
-        """
-        return [
-            Row(
-                query=record["query"],
-                documents=_split(record["documents"], record["lengths"]),
-                scores=record["scores"].tolist() if self.has_scores else None,
-            )
-            for record in self._read(indices)
-        ]
+    def _to_row(self, record: dict[str, Any]) -> Row:
+        return Row(
+            query=record["query"],
+            documents=_split(record["documents"], record["lengths"]),
+            scores=record["scores"].tolist() if self.has_scores else None,
+        )
 
 
 def _split(ids: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:

@@ -31,6 +31,7 @@ MAX_ROW_BYTES = 8 << 20
 _PARQUET_BATCH_ROWS = 1024
 _PARQUET_BUFFER_BYTES = 1 << 20
 
+_FILE_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError)
 _LARGEST_SCORE = 3e38  # beyond it a score is infinite in 32 bits
 
 
@@ -157,7 +158,7 @@ def read_table(
     records = (_read_parquet if _is_parquet(path) else _read_json_lines)(path, choose_columns, part)
     try:
         yield from records
-    except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
+    except _FILE_ERRORS as error:
         raise _file_error(path, error) from None
 
 
@@ -187,7 +188,7 @@ def split_table(path: str | Path, rows: int) -> list[Part]:
         if _is_parquet(path):
             return _split_parquet(path, rows)
         return _split_json_lines(path, rows)
-    except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
+    except _FILE_ERRORS as error:
         raise _file_error(path, error) from None
 
 

@@ -99,8 +99,8 @@ class Job(Protocol):
     def features(self) -> tfds.features.FeaturesDict:
         """The columns of an example."""
 
-    def examples(self, shard: Shard, summary: "Summary") -> Iterator[tuple[dict[str, Any], int]]:
-        """Yields `(example, rows read for it)`, and puts down what it dropped."""
+    def examples(self, shard: Shard, summary: Summary) -> Iterator[dict[str, Any] | None]:
+        """Yields an example for each row; None for one that was dropped, and put down."""
 
 
 def write_shard(job: Job, shard: Shard, folder: Path, tick: Tick = lambda rows: None) -> None:
@@ -115,9 +115,9 @@ def write_shard(job: Job, shard: Shard, folder: Path, tick: Tick = lambda rows: 
     content = hashlib.sha256()
     writer = ArrayRecordWriter(os.fspath(partial), _WRITER_OPTIONS)
     try:
-        for example, rows in job.examples(shard, summary):
-            tick(rows)
-            if example:
+        for example in job.examples(shard, summary):
+            tick(1)
+            if example is not None:
                 content.update(_canonical(example))
                 _checked(path, writer.write, features.serialize_example(example))
         _checked(path, writer.close)

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import hashlib
+import itertools
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -163,21 +164,12 @@ class SequentialReader:
         self._next = (-1, -1)  # until all of it was read
         stop = first + (part.rows or 0)
         held, self._held = self._held, []
-        for place, row in held or self._rows:
+        for place, row in itertools.chain(held, self._rows):
             if part.rows is not None and place.ordinal >= stop:
                 self._held = [(place, row)]
                 break
             yield place, row
-        if held and not self._held:
-            yield from self._up_to(stop)
         self._next = (file, part.start + (part.rows or 0))
-
-    def _up_to(self, stop: int) -> Iterator[tuple[Place, Row | RowError]]:
-        for place, row in self._rows:
-            if place.ordinal >= stop:
-                self._held = [(place, row)]
-                return
-            yield place, row
 
 
 def _file_stretches(paths: Sequence[Path]) -> list[Stretch]:

@@ -19,7 +19,8 @@ from colbert_jax.data.tables import Place, SequentialReader, Stretch, Table, gro
 # A source is cut in 16, within these: a stopped preparation loses at most the shard it was at, and
 # all sources together stay within the thousand files that a process may have open.
 _SHARDS, _FEWEST_ROWS, _MOST_ROWS = 16, 20_000, 500_000
-_BLOCK_ROWS = 512  # rows that a filter or a tokenizer is handed at a time
+_BLOCK_ROWS = 512  # rows that a filter is handed at a time
+
 Keep = Callable[[Sequence[Row]], Sequence[bool]]  # says of each row whether it is kept
 
 
@@ -57,8 +58,8 @@ class TextJob:
         self._keep = keep
         self._reader: SequentialReader | None = None
 
-    def examples(self, shard: Shard, summary: Summary) -> Iterator[tuple[dict[str, Any], int]]:
-        """Yields the rows that are kept; an empty example stands for one that is not."""
+    def examples(self, shard: Shard, summary: Summary) -> Iterator[dict[str, Any] | None]:
+        """Yields the rows that are kept; None stands for one that is not."""
         if self._reader is None:
             self._reader = SequentialReader(self.table)
         repeated = self._repeated(shard)
@@ -73,7 +74,7 @@ class TextJob:
                     raise RowError("it repeats a row before it", "duplicate")
             except RowError as reason:
                 summary.drop(place.name, reason)
-                yield {}, 1
+                yield None
                 continue
             block.append((place, row))
             if self._keep is None or len(block) == _BLOCK_ROWS:
@@ -83,17 +84,17 @@ class TextJob:
 
     def _filtered(
         self, block: Sequence[tuple[Place, Row]], summary: Summary
-    ) -> Iterator[tuple[dict[str, Any], int]]:
+    ) -> Iterator[dict[str, Any] | None]:
         rows = [row for _, row in block]
         kept = self._keep(rows) if self._keep is not None and rows else [True] * len(rows)
         for (place, row), keep in zip(block, kept, strict=True):
             if not keep:
                 reason = "its document is not among the first for its query"
                 summary.drop(place.name, RowError(reason, "inconsistent"))
-                yield {}, 1
+                yield None
                 continue
             summary.keep(len(row["documents"]), row["scores"] is not None, place.name)
-            yield {**row, "scores": row["scores"] or []}, 1
+            yield {**row, "scores": row["scores"] or []}
 
     def _repeated(self, shard: Shard) -> frozenset[int]:
         if self._duplicates is None:
@@ -162,35 +163,52 @@ class TextBuilder(ShardedBuilder, skip_registration=True):  # type: ignore[call-
         """The shards; a first pass over the rows cuts them and finds repeated ones."""
         cleaning = self._cleaning()
         table = self.open_table()
-        plan, duplicates = self.unfinished / "plan.json", self.unfinished / "duplicates.npy"
-        try:
-            if cleaning.deduplicate:
-                duplicates.stat()
-            groups = [
-                tuple(Stretch(file, Part(*part), first) for file, part, first in group)
-                for group in json.loads(plan.read_text(encoding="utf-8"))
-            ]
-        except (OSError, ValueError):
-            fine = table.stretches()
-            total = sum(stretch.part.rows or 0 for stretch in fine)
-            rows = min(max(total // _SHARDS, _FEWEST_ROWS), _MOST_ROWS)
-            groups = group_stretches(fine, rows)
-            if cleaning.deduplicate:
-                scratch = self.unfinished / "digests.npy"
-                with self.bar(total, ": search duplicates") as bar:
-                    every = _ticking(_read_whole(table, groups), bar.update)
-                    np.save(duplicates, find_duplicates(every, cleaning, total, scratch))
-            write_durably(plan, json.dumps(groups))
+        duplicates = self.unfinished / "duplicates.npy" if cleaning.deduplicate else None
+        groups = self._read_plan(duplicates)
+        if groups is None:
+            groups = self._make_plan(table, cleaning, duplicates)
         shards = [Shard(number, group) for number, group in enumerate(groups)]
-        found = duplicates if cleaning.deduplicate else None
         keep = None
         if self._row_filter is not None:
             total = sum(shard.rows for shard in shards)
             with self.bar(total, ": draw a sample") as bar:
                 every = _ticking(_read_whole(table, groups), bar.update)
                 keep = self._row_filter.make(_sample(every, total, self._row_filter.sample))
-        job = TextJob(table, shards, cleaning, found, keep)
+        job = TextJob(table, shards, cleaning, duplicates, keep)
         return job, {"origin": table.description}
+
+    @property
+    def _plan(self) -> Path:
+        return self.unfinished / "plan.json"
+
+    def _read_plan(self, duplicates: Path | None) -> list[tuple[Stretch, ...]] | None:
+        """What an earlier preparation planned, if nothing of it is lost."""
+        if duplicates is not None and not duplicates.is_file():
+            return None
+        try:
+            plan = json.loads(self._plan.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return [
+            tuple(Stretch(file, Part(*part), first) for file, part, first in group)
+            for group in plan
+        ]
+
+    def _make_plan(
+        self, table: Table, cleaning: Cleaning, duplicates: Path | None
+    ) -> list[tuple[Stretch, ...]]:
+        """Which stretches make which shard, and which rows repeat one before them."""
+        fine = table.stretches()
+        total = sum(stretch.part.rows or 0 for stretch in fine)
+        rows = min(max(total // _SHARDS, _FEWEST_ROWS), _MOST_ROWS)
+        groups = group_stretches(fine, rows)
+        if duplicates is not None:
+            scratch = self.unfinished / "digests.npy"
+            with self.bar(total, ": search duplicates") as bar:
+                every = _ticking(_read_whole(table, groups), bar.update)
+                np.save(duplicates, find_duplicates(every, cleaning, total, scratch))
+        write_durably(self._plan, json.dumps(groups))
+        return groups
 
 
 def text_features() -> tfds.features.FeaturesDict:

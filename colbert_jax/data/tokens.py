@@ -31,7 +31,7 @@ class TokenJob:
             self.shards.append(Shard(index, (Stretch(0, Part(first, rows), first),)))
             first += rows
 
-    def examples(self, shard: Shard, summary: Summary) -> Iterator[tuple[dict[str, Any], int]]:
+    def examples(self, shard: Shard, summary: Summary) -> Iterator[dict[str, Any]]:
         """Yields the tokens of each row, cut to the tokenizer's lengths."""
         first, count = shard.stretches[0].first, shard.rows
         for start in range(first, first + count, _BLOCK_ROWS):
@@ -53,11 +53,10 @@ class TokenJob:
                 }
                 if scored:
                     example["scores"] = row["scores"]
-                arrays = {
+                yield {
                     key: np.array(value, self.features[key].np_dtype)
                     for key, value in example.items()
                 }
-                yield arrays, 1
 
 
 class TokenBuilder(ShardedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -90,9 +89,10 @@ class TokenBuilder(ShardedBuilder, skip_registration=True):  # type: ignore[call
 
     def check_request(self, was: dict[str, Any]) -> None:
         """As `ShardedBuilder.check_request`; tokens that were cut later than asked for will do."""
-        lengths = ("query_length", "document_length")
-        longer = {key: was[key] for key in lengths if was[key] > self.request(False)[key]}
-        check_same(was, self.request(resolved=False) | longer, self.folder)
+        asked = self.request(resolved=False)
+        for key in ("query_length", "document_length"):
+            asked[key] = max(asked[key], was[key])
+        check_same(was, asked, self.folder)
 
     def open_job(self) -> tuple[TokenJob, dict[str, Any]]:
         """One shard for each of the text."""

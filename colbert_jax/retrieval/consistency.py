@@ -13,6 +13,7 @@ import numpy as np
 from colbert_jax.colbert import Embed, Params
 from colbert_jax.data.rows import Row
 from colbert_jax.maxsim import maxsim, maxsim_all_pairs
+from colbert_jax.retrieval.search import pad_rows
 from colbert_jax.tokenization import ColbertTokenizer
 
 
@@ -41,7 +42,7 @@ def make_consistency_filter(
 
     def embeddings(tokens: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
         ids, attention, scoring = (
-            jnp.asarray(_filled(tokens[name], block))
+            jnp.asarray(pad_rows(tokens[name], block))
             for name in ("input_ids", "attention_mask", "scoring_mask")
         )
         return encode(params, ids, attention), scoring
@@ -77,8 +78,3 @@ def make_consistency_filter(
         ]
 
     return keep
-
-
-def _filled(x: np.ndarray, rows: int) -> np.ndarray:
-    """Rows padded with zeros to a static number."""
-    return np.pad(x, ((0, rows - len(x)), (0, 0)))

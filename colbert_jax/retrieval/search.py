@@ -51,7 +51,7 @@ def encode_queries(
     blocks = []
     for start in range(0, len(texts), batch_size):
         ids, mask = (
-            _pad_rows(tokens[key][start : start + batch_size], batch_size)
+            pad_rows(tokens[key][start : start + batch_size], batch_size)
             for key in ("input_ids", "attention_mask")
         )
         blocks.append(embed(params, jnp.asarray(ids), jnp.asarray(mask)))
@@ -98,7 +98,7 @@ def make_search(
             rows = order[start : start + batch_size]
             width = next(length for length in lengths if length >= sizes[rows].max())
             block = [
-                _pad_rows(_fit(tokens[key][rows], width), batch_size)
+                pad_rows(_fit(tokens[key][rows], width), batch_size)
                 for key in ("input_ids", "attention_mask", "scoring_mask")
             ]
             scores = score(params, query_embeddings, query_mask, *block)
@@ -142,6 +142,6 @@ def _fit(x: np.ndarray, width: int) -> np.ndarray:
     return np.pad(x[:, :width], ((0, 0), (0, max(width - x.shape[1], 0))))
 
 
-def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
+def pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
     """Rows padded with zeros to a static number."""
     return np.pad(x, ((0, rows - len(x)), (0, 0)))
