@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from colbert_jax.errors import UserError
 
@@ -28,12 +29,23 @@ class Checkpoints:
         Args:
           workdir: the run's folder.
           every_steps: save at multiples of this step; 0 leaves only the saves asked for.
-          max_to_keep: how many of the newest checkpoints stay on disk.
+          max_to_keep: how many of the newest checkpoints stay on disk. The one with the highest
+            value that `save` was given stays beside them.
         """
         self.folder = Path(workdir).absolute() / "checkpoints"
         self.every_steps = every_steps
+        keep = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(max_to_keep),
+                preservation_policy.BestN(
+                    get_metric_fn=lambda metrics: metrics["value"],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=max_to_keep, enable_async_checkpointing=True
+            preservation_policy=keep, enable_async_checkpointing=True
         )
         # Saying what each item is lets a reader that never saved ask for an item's shapes.
         handlers = {
@@ -50,12 +62,64 @@ class Checkpoints:
         """The newest complete checkpoint's step, or None."""
         return self.manager.latest_step()
 
+    def best(self) -> tuple[int, float] | None:
+        """The step with the highest value that `save` was given, and the value; the first such."""
+        values = {
+            step: metrics["value"]
+            for step in self.manager.all_steps()
+            if (metrics := self.manager.metrics(step))
+        }
+        if not values:
+            return None
+        step = max(sorted(values), key=values.__getitem__)
+        return step, values[step]
+
+    def is_best(self, value: float | None) -> bool:
+        """Whether a value is higher than that of every checkpoint so far."""
+        if value is None:
+            return False
+        best = self.best()
+        return best is None or value > best[1]
+
+    def find_step(self, name: str) -> int:
+        """The step that a name means: "latest", "best" or a number.
+
+        Raises:
+          UserError: there is no such checkpoint.
+        """
+        steps = sorted(self.manager.all_steps())
+        if not steps:
+            raise UserError(f"{self.folder} holds no checkpoint: train first, or name another run.")
+        if name == "latest":
+            return steps[-1]
+        best = self.best()
+        if name == "best" and best is not None:
+            return best[0]
+        if name == "best":
+            raise UserError(
+                f"{self.folder} has no best checkpoint, since the run was not evaluated while it "
+                "trained: set config.evals.best and config.evals.every_steps."
+            )
+        if not name.isdigit() or int(name) not in steps:
+            raise UserError(
+                f"{self.folder} has no step {name!r}: choose latest, best or one of "
+                f"{', '.join(map(str, steps))}."
+            )
+        return int(name)
+
     def due(self, step: int) -> bool:
         """Whether a step is one to save at."""
         return self.every_steps > 0 and step % self.every_steps == 0
 
     def save(
-        self, step: int, *, params: Any, optimizer: Any, input_state: dict, config: dict
+        self,
+        step: int,
+        *,
+        params: Any,
+        optimizer: Any,
+        input_state: dict,
+        config: dict,
+        value: float | None = None,
     ) -> None:
         """Starts saving a step; the arrays are copied before this returns and written after.
 
@@ -65,6 +129,7 @@ class Checkpoints:
           optimizer: tree of arrays: the optimiser's state and the step.
           input_state: the batch iterator's position, a small JSON object.
           config: the run's config, a JSON object.
+          value: how good the parameters were found to be, if they were measured; higher is better.
         """
         if step in self.manager.all_steps():
             return
@@ -76,6 +141,7 @@ class Checkpoints:
                 input=ocp.args.JsonSave(input_state),
                 config=ocp.args.JsonSave(config),
             ),
+            metrics=None if value is None else {"value": value},
         )
 
     def restore(self, *, params: Any, optimizer: Any) -> tuple[Any, Any, dict]:
@@ -104,15 +170,15 @@ class Checkpoints:
         )
         return restored["params"], restored["optimizer"], restored["input"]
 
-    def restore_params(self, params: Any) -> Any:
-        """Restores the newest step's parameters alone; arguments and errors as in `restore`."""
-        step = self._check("params", params)
+    def restore_params(self, params: Any, step: int | None = None) -> Any:
+        """Restores one step's parameters alone, by default the newest's; otherwise as `restore`."""
+        step = self._check("params", params, step)
         args = ocp.args.Composite(params=ocp.args.StandardRestore(params))
         return self.manager.restore(step, args=args)["params"]
 
-    def _check(self, item: str, wanted: Any) -> int:
-        """The newest step, if its item has the wanted shapes."""
-        step = self.latest_step()
+    def _check(self, item: str, wanted: Any, step: int | None = None) -> int:
+        """The step, by default the newest, if its item has the wanted shapes."""
+        step = self.latest_step() if step is None else step
         if step is None:
             raise UserError(f"{self.folder} holds no checkpoint: train first, or name another run.")
         saved = _shapes(self.manager.item_metadata(step)[item])

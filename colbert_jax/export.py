@@ -1,4 +1,4 @@
-"""A run's newest checkpoint as a folder for PyLate and Transformers."""
+"""A run's checkpoint as a folder for PyLate and Transformers."""
 
 import logging
 from pathlib import Path
@@ -7,7 +7,8 @@ import jax
 
 from colbert_jax import huggingface
 from colbert_jax.checkpoint import read_config
-from colbert_jax.colbert import param_axes, param_shapes
+from colbert_jax.colbert import Params, param_axes, param_shapes
+from colbert_jax.huggingface import Model
 from colbert_jax.model_card import model_card
 from colbert_jax.results import read_results
 from colbert_jax.sharding import make_mesh, tree_shardings
@@ -16,19 +17,36 @@ from colbert_jax.start import CONFIG_FILE, load_run_params
 logger = logging.getLogger(__name__)
 
 
-def export_run(workdir: str | Path, output: str | Path) -> None:
-    """Writes a run's newest checkpoint as a Hugging Face folder.
+def export_run(workdir: str | Path, output: str | Path, step: str = "latest") -> None:
+    """Writes a run's checkpoint as a Hugging Face folder.
 
     Args:
       workdir: the run's folder.
       output: a folder that does not exist yet, or is empty.
+      step: "latest", "best" or the number of a step that was kept.
 
     Raises:
-      UserError: no run, no checkpoint, or an output folder that holds something.
+      UserError: no run, no such checkpoint, or an output folder that holds something.
     """
     workdir = Path(workdir)
     config = read_config(workdir / CONFIG_FILE)
-    model = huggingface.read_model(str(workdir / "model"))
+    model, params, number = read_run(workdir, step)
+    card = model_card(model, config, number, read_results(workdir))
+    huggingface.save_model(output, model, params, card)
+    logger.info("%s, step %d: exported to %s", workdir, number, output)
+
+
+def read_run(workdir: str | Path, step: str = "latest") -> tuple[Model, Params, int]:
+    """A run's model, its parameters at one step, on one device, and the step.
+
+    Args:
+      workdir: the run's folder.
+      step: "latest", "best" or the number of a step that was kept.
+
+    Raises:
+      UserError: no run, or no such checkpoint.
+    """
+    model = huggingface.read_model(str(Path(workdir) / "model"))
     mesh = make_mesh(devices=jax.devices()[:1])
     shapes, axes = param_shapes(model.config), param_axes(model.config)
     like = jax.tree.map(
@@ -36,7 +54,5 @@ def export_run(workdir: str | Path, output: str | Path) -> None:
         shapes,
         tree_shardings(axes, shapes, mesh),
     )
-    params, step = load_run_params(workdir, like)
-    card = model_card(model, config, step, read_results(workdir))
-    huggingface.save_model(output, model, params, card)
-    logger.info("%s, step %d: exported to %s", workdir, step, output)
+    params, number = load_run_params(workdir, like, step)
+    return model, params, number

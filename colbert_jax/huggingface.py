@@ -367,6 +367,11 @@ def _module_folders(folder: Path) -> tuple[Path, list[Path]]:
     return (transformers or [folder])[0], [folder / p for kind, p in kinds if kind == "Dense"]
 
 
+def has_projection(folder: Path) -> bool:
+    """Whether a folder is a ColBERT's, and not that of a base encoder."""
+    return bool(_module_folders(folder)[1]) or bool(_read_saved(folder))
+
+
 def read_model(
     name_or_path: str,
     *,

@@ -6,14 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 Results = dict[str, dict[str, float]]  # system -> measure -> value
-
-
-def average(measured: list[dict[str, float]]) -> dict[str, float]:
-    """The plain mean of each measure over collections, as BEIR's tables have it."""
-    return {m: float(np.mean([values[m] for values in measured])) for m in measured[0]}
 
 
 def read_results(workdir: Path) -> Results:

@@ -15,12 +15,13 @@ from colbert_jax.data.encode import make_encode, sample_lengths
 from colbert_jax.data.inputs import Corpus, open_corpus, open_tokens
 from colbert_jax.data.pipeline import batches_per_epoch, make_batches
 from colbert_jax.errors import UserError
+from colbert_jax.evals import Evals, check_evals, open_collections
 from colbert_jax.export import export_run
 from colbert_jax.huggingface import Model
 from colbert_jax.metric_log import MetricLog, draw_curves
-from colbert_jax.results import Results, average, read_results, results_table, write_json
-from colbert_jax.retrieval.collection import Collection, read_beir
-from colbert_jax.retrieval.evaluator import evaluate_bm25, make_evaluator
+from colbert_jax.results import Results, results_table, write_json
+from colbert_jax.retrieval.encode import Encoder
+from colbert_jax.sessions import note_session
 from colbert_jax.sharding import join_hosts, make_mesh
 from colbert_jax.start import CONFIG_FILE, is_run, open_model, start_state
 from colbert_jax.train import (
@@ -52,6 +53,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
     keep_compiled(plain["compilation_cache"])
     join_hosts()
     check_settings(plain)
+    check_evals(plain["evals"])
     mesh = make_mesh(**plain["mesh"])
     check_batch(plain, mesh)
     workdir = open_workdir(workdir)
@@ -96,31 +98,21 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
             state, input_state = restore_state(checkpoints, like)
             batches.set_state(input_state)
             write_json(workdir / CONFIG_FILE, plain)  # only now is it sure to fit the checkpoint
-        describe(config, model, corpus, mesh.size, workdir, resumed)
+        facts = describe(config, model, corpus, mesh.size, workdir, resumed)
+        note_session(workdir, resumed or 0, mesh.size, facts)
 
         # How well it ranks, before, during and after.
         log = MetricLog(workdir, resume_step=resumed)
         collections = open_collections(plain["evals"]["collections"], corpus)
-        evaluators = {c.name: make_evaluator(c, embed, model.tokenizer) for c in collections}
-        results = read_results(workdir) if resumed is not None else {}
-        if int(state.step) < config.total_steps and results.pop("trained", None):
-            write_json(workdir / "results.json", results)  # an earlier total_steps' is no result
+        encoder = Encoder(embed, model.tokenizer, mesh)
+        evals = Evals(plain["evals"], collections, encoder, workdir, log, resumed is not None)
+        if int(state.step) < config.total_steps:
+            evals.forget_trained()
+        if resumed is None:
+            evals.start(state.params["model"])
 
-        def measure(step: int, params: Params) -> dict[str, float]:
-            values = {name: evaluator(params) for name, evaluator in evaluators.items()}
-            log.write(step, {f"eval/{n}/{m}": v for n, ms in values.items() for m, v in ms.items()})
-            return average(list(values.values()))
-
-        if collections and config.evals.baselines and resumed is None:
-            logger.info("measuring BM25 and the untrained model")
-            results["bm25"] = average([evaluate_bm25(c) for c in collections])
-            results["untrained"] = measure(0, state.params["model"])
-            write_json(workdir / "results.json", results)
-
-        def evaluate(step: int, params: Params) -> None:
-            every = config.evals.every_steps
-            if evaluators and every and step % every == 0 and step < config.total_steps:
-                measure(step, params["model"])
+        def evaluate(step: int, params: Params) -> float | None:
+            return evals.during(step, params["model"], last=step == config.total_steps)
 
         try:
             state = train(
@@ -136,18 +128,16 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
                 config=plain,
                 evaluate=evaluate,
             )
-            if evaluators and "trained" not in results:
-                logger.info("measuring the trained model")
-                results["trained"] = measure(int(state.step), state.params["model"])
-                write_json(workdir / "results.json", results)
+            if collections and "trained" not in evals.results:
+                evals.finish(int(state.step), state.params["model"])
         finally:
             batches.close()
             checkpoints.close()
             log.close()
     if jax.process_index() == 0:
         draw_curves(workdir)
-        finish(config, int(state.step), workdir, results)
-    return results
+        finish(config, int(state.step), workdir, evals.results)
+    return evals.results
 
 
 def keep_compiled(folder: str) -> None:
@@ -244,33 +234,6 @@ def check_rows(corpus: Corpus, kind: str) -> None:
             )
 
 
-def open_collections(names: list[str], corpus: Corpus) -> list[Collection]:
-    """The evaluation collections: the corpus's own held-out part, or BEIR folders."""
-    collections = []
-    for name in names:
-        if name == "held_out":
-            if corpus.held_out is None:
-                raise UserError(
-                    "config.evals.collections names 'held_out', but only the docstring corpus "
-                    "keeps a part out: name BEIR folders instead."
-                )
-            collections.append(Collection(name, *corpus.held_out))
-        else:
-            collections.append(read_beir(name))
-    for collection in collections:
-        if sum(other.name == collection.name for other in collections) > 1:
-            raise UserError(
-                f"Two collections of config.evals.collections are called {collection.name!r}, and "
-                "their results with them: rename one of the folders."
-            )
-        if not collection.queries:
-            raise UserError(
-                f"The collection {collection.name!r} has no query: give the corpus more text, or "
-                "leave it out of config.evals.collections."
-            )
-    return collections
-
-
 def describe(
     config: ConfigDict,
     model: Model,
@@ -278,8 +241,8 @@ def describe(
     devices: int,
     workdir: Path,
     resumed: int | None,
-) -> None:
-    """Logs what is about to run."""
+) -> dict[str, Any]:
+    """Logs what is about to run, and returns the sizes of model and data."""
     parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(param_shapes(model.config)))
     rows = sum(len(source) for source in corpus.sources.values())
     batch_size = config.input.batch_size
@@ -298,6 +261,13 @@ def describe(
         "the first" if resumed is None else f"going on after {resumed}",
         config.total_steps,
     )
+    return {
+        "parameters": parameters,
+        "embedding_size": model.config.embedding_size,
+        "sources": {name: len(source) for name, source in corpus.sources.items()},
+        "rows_per_epoch": rows,
+        "batches_per_epoch": epoch,
+    }
 
 
 def finish(config: ConfigDict, step: int, workdir: Path, results: Results) -> None:

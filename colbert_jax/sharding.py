@@ -155,3 +155,24 @@ def global_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x, shape)
 
     return jax.tree.map(place, batch)
+
+
+def put_whole(x: Any, mesh: Mesh) -> jax.Array:
+    """An array that every host has, whole on every device; one on the devices stays as it is."""
+    return _put(x, mesh, PartitionSpec())
+
+
+def put_batch(x: Any, mesh: Mesh) -> Any:
+    """An array `x[batch, ...]` that every host has whole, split over `data` and `fsdp`.
+
+    One that is on the devices already stays as it is, and None stays None.
+    """
+    if x is None:
+        return None
+    return _put(x, mesh, partition_spec(("batch", *(None for _ in x.shape[1:])), x.shape, mesh))
+
+
+def _put(x: Any, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
+    if isinstance(x, jax.Array):
+        return x
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])

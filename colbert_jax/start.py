@@ -134,8 +134,8 @@ def start_state(
     return place_state({"model": params, "loss": loss_params()}, optimizer, like)
 
 
-def load_run_params(workdir: str | Path, like: Params) -> tuple[Params, int]:
-    """A run's newest parameters in the layout of `like`, and their step.
+def load_run_params(workdir: str | Path, like: Params, step: str = "latest") -> tuple[Params, int]:
+    """A run's parameters at one step in the layout of `like`, and the step's number.
 
     A temperature that was learned there is left behind.
     """
@@ -146,6 +146,7 @@ def load_run_params(workdir: str | Path, like: Params) -> tuple[Params, int]:
         with_loss["loss"] = {"log_temperature": scalar}
     checkpoints = Checkpoints(workdir)
     try:
-        return checkpoints.restore_params(with_loss)["model"], checkpoints.latest_step() or 0
+        number = checkpoints.find_step(step)
+        return checkpoints.restore_params(with_loss, number)["model"], number
     finally:
         checkpoints.close()

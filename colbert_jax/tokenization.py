@@ -15,7 +15,7 @@ import json
 import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -63,6 +63,19 @@ class TokenizationConfig:
                     f"{name} is {getattr(self, name)}: it must be at least 4 tokens, to hold "
                     "[CLS], the marker, one token of text and [SEP]."
                 )
+
+
+class Piece(NamedTuple):
+    """What a token stands for.
+
+    Attributes:
+      label: its stretch of the text, or its name where it has none.
+      span: where that stands in the text, `(start, end)` in characters; None for special tokens,
+        markers and the prompt.
+    """
+
+    label: str
+    span: tuple[int, int] | None
 
 
 class ColbertTokenizer:
@@ -139,6 +152,14 @@ class ColbertTokenizer:
         """The tokens of each document, prompt and marker included, cut to `document_length`."""
         return self._ids(texts, self.config.document_prompt, self._documents)
 
+    def query_pieces(self, text: str) -> list[Piece]:
+        """What each token of `query_ids([text])` stands for."""
+        return self._pieces(text, self.config.query_prompt, self._queries)
+
+    def document_pieces(self, text: str) -> list[Piece]:
+        """What each token of `document_ids([text])` stands for."""
+        return self._pieces(text, self.config.document_prompt, self._documents)
+
     def queries(self, texts: Sequence[str]) -> TokenBatch:
         """Tokenizes queries.
 
@@ -200,13 +221,42 @@ class ColbertTokenizer:
         self, texts: Sequence[str], prompt: str, side: tuple[tokenizers.Tokenizer, int | None]
     ) -> list[list[int]]:
         backend, marker_id = side
-        cleaned = [(prompt + text).strip() for text in texts]
-        if self.config.do_lower_case:
-            cleaned = [text.lower() for text in cleaned]
+        cleaned = [self._clean(prompt + text) for text in texts]
         rows = [encoding.ids for encoding in backend.encode_batch_fast(cleaned)]
         if marker_id is None:
             return rows
         return [[*ids[:1], marker_id, *ids[1:]] for ids in rows]
+
+    def _clean(self, text: str) -> str:
+        text = text.strip()
+        return text.lower() if self.config.do_lower_case else text
+
+    def _pieces(
+        self, text: str, prompt: str, side: tuple[tokenizers.Tokenizer, int | None]
+    ) -> list[Piece]:
+        backend, marker_id = side
+        whole = prompt + text
+        cleaned = self._clean(whole)
+        # From places in what is tokenized to places in the text; a letter of which lower-casing
+        # makes two would shift all that follows, so there is none then.
+        shift = len(whole) - len(whole.lstrip()) - len(prompt)
+        shifted = len(cleaned) == len(whole.strip())
+        pieces = []
+        encoding = backend.encode(cleaned)
+        for token, (start, end), special in zip(
+            encoding.tokens, encoding.offsets, encoding.special_tokens_mask, strict=True
+        ):
+            if special or start == end:
+                pieces.append(Piece(token, None))
+                continue
+            start += len(cleaned[start:end]) - len(cleaned[start:end].lstrip())
+            inside = shifted and start + shift >= 0 and start < end
+            span = (start + shift, end + shift) if inside else None
+            pieces.append(Piece(cleaned[start:end], span))
+        if marker_id is not None:
+            marker = backend.id_to_token(marker_id) or ""
+            pieces.insert(1, Piece(marker.strip(), None))
+        return pieces
 
     def _pad(self, rows: Sequence[Ids], width: int) -> TokenBatch:
         # What ends a text stays when it is cut, as the tokenizer's own truncation has it.

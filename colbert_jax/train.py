@@ -345,15 +345,20 @@ def restore_state(checkpoints: Checkpoints, like: TrainState) -> tuple[TrainStat
 
 
 def save_state(
-    checkpoints: Checkpoints, state: TrainState, input_state: dict, config: dict
+    checkpoints: Checkpoints,
+    state: TrainState,
+    input_state: dict,
+    config: dict,
+    value: float | None = None,
 ) -> None:
-    """Starts saving a state with the input's position and the run's config."""
+    """Starts saving a state with the input's position, the run's config and its worth, if known."""
     checkpoints.save(
         int(state.step),
         params=state.params,
         optimizer={"step": state.step, "state": state.opt_state},
         input_state=input_state,
         config=config,
+        value=value,
     )
 
 
@@ -381,7 +386,7 @@ def train(
     log: MetricLog,
     checkpoints: Checkpoints,
     config: dict,
-    evaluate: Callable[[int, Params], None],
+    evaluate: Callable[[int, Params], float | None],
 ) -> TrainState:
     """Runs the loop up to `total_steps` and saves the last step.
 
@@ -397,7 +402,8 @@ def train(
       log: takes the metrics.
       checkpoints: takes the states.
       config: the run's config, saved with each state.
-      evaluate: called as `evaluate(step, params)` after every step; decides itself what is due.
+      evaluate: called as `evaluate(step, params)` after every step; decides itself what is due, and
+        returns what the best checkpoint is chosen by, or None.
 
     Returns:
       The last state.
@@ -438,9 +444,9 @@ def train(
                 bar.set_postfix_str(progress_text(values))
                 waited, since, last_logged = 0.0, time.perf_counter(), step
             paused = time.perf_counter()
-            evaluate(step, state.params)
-            if checkpoints.due(step) or step == total_steps:
-                save_state(checkpoints, state, position, config)
+            value = evaluate(step, state.params)
+            if checkpoints.due(step) or checkpoints.is_best(value) or step == total_steps:
+                save_state(checkpoints, state, position, config, value)
             since += time.perf_counter() - paused
     checkpoints.wait()
     return state

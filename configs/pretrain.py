@@ -106,6 +106,9 @@ def get_config() -> ConfigDict:
     # its learning rate was swept that way; "mean" clips the gradient of the loss itself.
 
     config.checkpoint = ConfigDict({"every_steps": 500, "max_to_keep": 3})
-    # BEIR folders to evaluate on while training.
-    config.evals = ConfigDict({"collections": (), "every_steps": 500, "baselines": False})
+    config.evals = ConfigDict()
+    config.evals.collections = ()  # BEIR folders, "beir/NAME", or "nanobeir" as in the paper
+    config.evals.every_steps = 500  # 0: at the end alone
+    config.evals.best = ""  # of the measures, such as "nDCG@10": the checkpoint with the best stays
+    config.evals.baselines = False  # whether to measure BM25 and the untrained model too
     return config

@@ -78,5 +78,9 @@ def get_config() -> ConfigDict:
     config.optimizer.gradient_of = "mean"
 
     config.checkpoint = ConfigDict({"every_steps": 100, "max_to_keep": 2})
-    config.evals = ConfigDict({"collections": ("held_out",), "every_steps": 0, "baselines": True})
+    config.evals = ConfigDict()
+    config.evals.collections = ("held_out",)  # or BEIR folders, "beir/NAME", "nanobeir"
+    config.evals.every_steps = 0  # 0: at the end alone
+    config.evals.best = ""  # of the measures, such as "nDCG@10": the checkpoint with the best stays
+    config.evals.baselines = True  # whether to measure BM25 and the untrained model too
     return config

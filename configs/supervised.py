@@ -87,6 +87,9 @@ def get_config() -> ConfigDict:
     config.optimizer.gradient_of = "mean"  # clip that of the loss itself
 
     config.checkpoint = ConfigDict({"every_steps": 1500, "max_to_keep": 3})
-    # BEIR folders to evaluate on while training.
-    config.evals = ConfigDict({"collections": (), "every_steps": 1500, "baselines": False})
+    config.evals = ConfigDict()
+    config.evals.collections = ()  # BEIR folders, "beir/NAME", or "nanobeir" as in the paper
+    config.evals.every_steps = 1500  # 0: at the end alone
+    config.evals.best = ""  # of the measures, such as "nDCG@10": the checkpoint with the best stays
+    config.evals.baselines = False  # whether to measure BM25 and the untrained model too
     return config

@@ -1,7 +1,9 @@
 """A test collection: documents, queries and the judgements which document answers which query."""
 
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ class Collection:
     """`queries[query id]`, the text; every query has judgements."""
     qrels: dict[str, dict[str, int]]
     """`qrels[query id][document id]`, the relevance: 0 is judged not relevant, more is better."""
+    group: str = ""
+    """The collection that this is a part of, as are CQADupStack's forums; parts count as one."""
 
 
 def read_beir(folder: str | os.PathLike[str], split: str = "test") -> Collection:
@@ -53,7 +57,21 @@ def read_beir(folder: str | os.PathLike[str], split: str = "test") -> Collection
 
 
 def _read_texts(path: Path) -> dict[str, str]:
-    texts: dict[str, str] = {}
+    return dict(read_documents(path))
+
+
+def read_documents(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
+    """Reads `(id, text)` from a file of BEIR's layout, a line at a time.
+
+    Args:
+      path: JSON Lines, `{"_id": ..., "title": ..., "text": ...}` with or without a title; gzipped
+        if its name ends in `.gz`.
+
+    Raises:
+      UserError: the file is missing, empty or malformed, or an id is used twice.
+    """
+    path = Path(path)
+    seen: set[str] = set()
     for where, line in _lines(path):
         row = _parse_row(where, line)
         row_id, title, text = row.get("_id"), row.get("title") or "", row.get("text")
@@ -61,12 +79,12 @@ def _read_texts(path: Path) -> dict[str, str]:
             raise UserError(f'{where} has no id; give it an "_id" that is a string')
         if not isinstance(text, str) or not isinstance(title, str):
             raise UserError(f'{where} has no text; give it a "text" that is a string')
-        if row_id in texts:
+        if row_id in seen:
             raise UserError(f'{where} has the "_id" {row_id!r} of an earlier line; ids must differ')
-        texts[row_id] = f"{title} {text}" if title else text
-    if not texts:
+        seen.add(row_id)
+        yield row_id, f"{title} {text}" if title else text
+    if not seen:
         raise UserError(f"{path} is empty; it must have one JSON object on each line")
-    return texts
 
 
 def _parse_row(where: str, line: bytes) -> dict[str, Any]:
@@ -119,10 +137,12 @@ def _read_qrels(
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """("FILE, line N,", line) of each line that is not blank."""
     try:
-        with path.open("rb") as file:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}, line {number},", line.rstrip(b"\r\n")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is a truncated or damaged gzip file; copy it again") from error
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); "

@@ -13,7 +13,7 @@ import numpy as np
 from colbert_jax.colbert import Embed, Params
 from colbert_jax.data.rows import Row
 from colbert_jax.maxsim import maxsim, maxsim_all_pairs
-from colbert_jax.retrieval.search import pad_rows
+from colbert_jax.retrieval.encode import pad_rows
 from colbert_jax.tokenization import ColbertTokenizer
 
 

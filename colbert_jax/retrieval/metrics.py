@@ -7,7 +7,7 @@ import ir_measures
 
 from colbert_jax.errors import UserError
 
-DEFAULT_METRICS = ("nDCG@10", "MRR@10", "Recall@100")
+DEFAULT_METRICS = ("nDCG@10", "MRR@10", "Recall@100", "MAP")
 
 
 def evaluate_run(
@@ -42,6 +42,23 @@ def evaluate_run(
     for value in evaluator.iter_calc(ranked):
         sums[value.measure] += value.value
     return {name: sums[measure] / len(qrels) for name, measure in measures.items()}
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raises `UserError` where ir_measures does not know a metric."""
+    for name in metrics:
+        _parse(name)
+
+
+def evaluate_queries(
+    qrels: Mapping[str, Mapping[str, int]], run: Mapping[str, Mapping[str, float]], metric: str
+) -> dict[str, float]:
+    """One measure of each judged query, as `evaluate_run` averages it: `values[query id]`."""
+    measure = _parse(metric)
+    evaluator = ir_measures.evaluator([measure], {q: dict(qrels[q]) for q in qrels})
+    ranked = {query_id: _by_rank(run[query_id]) for query_id in qrels if query_id in run}
+    values = dict.fromkeys(qrels, 0.0)
+    return values | {value.query_id: value.value for value in evaluator.iter_calc(ranked)}
 
 
 def _by_rank(scores: Mapping[str, float]) -> dict[str, float]:

@@ -1,147 +1,172 @@
-"""Exact search: every query against every document, streamed block by block.
+"""Exact search: every query against every document, streamed block by block through the devices.
 
-Documents are sorted by length and encoded in blocks of a few static shapes; each block is scored
-against all queries and forgotten, so memory does not grow with the corpus.
+Each device scores its share of a block and keeps the k best documents that it has seen; the shares
+meet once, at the end. So neither memory nor traffic grows with the corpus.
 """
 
+import collections
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Num
 
-from colbert_jax.colbert import Embed, Params
-from colbert_jax.maxsim import maxsim
-from colbert_jax.tokenization import ColbertTokenizer
+from colbert_jax.colbert import Params
+from colbert_jax.maxsim import maxsim_all_pairs
+from colbert_jax.retrieval.encode import QUERY_CHUNK, Block, Encoder, Queries, pad_rows
+from colbert_jax.sharding import (
+    AXIS_RULES,
+    batch_shards,
+    put_batch,
+    put_whole,
+    replicated,
+)
 
 Run = dict[str, dict[str, float]]  # query id -> document id -> score
 
-
-def score_block(
-    embed: Embed,
-    params: Params,
-    query_embeddings: Float[Array, "Q S D"],
-    query_mask: Bool[Array, "Q S"],
-    input_ids: Int[Array, "N T"],
-    attention_mask: Bool[Array, "N T"],
-    scoring_mask: Bool[Array, "N T"],
-) -> Float[Array, "Q N"]:
-    """Encodes a block of documents and scores every query against it.
-
-    Queries go a few at a time: all pairs of similarities at once would fill the memory that the
-    block was cut to spare.
-    """
-    documents = embed(params, input_ids, attention_mask)
-    against = jax.vmap(maxsim, in_axes=(None, 0, None, 0))
-    return jax.lax.map(
-        lambda query: against(query[0], documents, query[1], scoring_mask),
-        (query_embeddings, query_mask),
-        batch_size=16,
-    )
+_NOBODY = np.iinfo(np.int32).max  # the rank of a place that no document has taken
 
 
-def encode_queries(
-    embed: Embed, params: Params, tokenizer: ColbertTokenizer, texts: list[str], batch_size: int
-) -> tuple[Float[Array, "Q S D"], Bool[Array, "Q S"]]:
-    """Token embeddings and scoring masks of all queries, in their order."""
-    tokens = tokenizer.queries(texts)
-    blocks = []
-    for start in range(0, len(texts), batch_size):
-        ids, mask = (
-            pad_rows(tokens[key][start : start + batch_size], batch_size)
-            for key in ("input_ids", "attention_mask")
-        )
-        blocks.append(embed(params, jnp.asarray(ids), jnp.asarray(mask)))
-    return jnp.concatenate(blocks)[: len(texts)], jnp.asarray(tokens["scoring_mask"])
+def decode(
+    embeddings: Num[Array, "B T D"], scales: Float[Array, "B T"] | None
+) -> Float[Array, "B T D"]:
+    """Kept embeddings as float32."""
+    decoded = embeddings.astype(jnp.float32)
+    return decoded if scales is None else decoded * scales[..., None]
 
 
-def make_search(
-    embed: Embed, tokenizer: ColbertTokenizer, *, batch_size: int = 64
-) -> Callable[..., Run]:
-    """Makes `search(params, queries, documents, k)`; its compiled programs are kept between calls.
+def top_k(
+    queries: Queries, blocks: Iterable[Block], ids: Sequence[str], k: int, mesh: Mesh
+) -> list[dict[str, float]]:
+    """The `k` best documents of each query by MaxSim.
 
     Args:
-      embed: tokens to token embeddings.
-      tokenizer: the model's.
-      batch_size: documents of a block.
+      queries: encoded queries.
+      blocks: the encoded corpus; each document is in one of them.
+      ids: the documents' ids, by position in the corpus.
+      k: how many documents to find; of fewer, all are found.
+      mesh: blocks are split over its `data` and `fsdp` axes.
 
     Returns:
-      A function from parameters, `{id: text}` queries and `{id: text}` documents to each query's
-      `k` best documents with their scores; equal scores are ordered by document id.
+      For each query `{document id: score}`, best first; of equal scores the lower id comes first,
+      and the k-th place is given away by that order too. A score that is not a number is no hit.
     """
-    embed_queries = jax.jit(embed)
-    score = jax.jit(functools.partial(score_block, embed))
-    longest = tokenizer.config.document_length
-    # Four static lengths: each costs a compilation, and more would spare little padding.
-    lengths = sorted({-(-longest * quarter // 4) for quarter in (1, 2, 3, 4)})
-
-    def search(
-        params: Params, queries: Mapping[str, str], documents: Mapping[str, str], k: int
-    ) -> Run:
-        tokens = tokenizer.documents(list(documents.values()))
-        sizes = tokens["attention_mask"].sum(axis=1)
-        ids = np.array(list(documents))
-        order = np.lexsort((ids, sizes))
-        query_embeddings, query_mask = encode_queries(
-            embed_queries, params, tokenizer, list(queries.values()), batch_size
+    k = min(k, len(ids))
+    by_id = sorted(range(len(ids)), key=ids.__getitem__)
+    ranks = np.empty(len(ids), np.int32)
+    ranks[by_id] = np.arange(len(ids), dtype=np.int32)
+    count = len(queries.embeddings)
+    size = min(QUERY_CHUNK, count)
+    chunks = [
+        [put_whole(pad_rows(x[i : i + size], size), mesh) for x in queries]
+        for i in range(0, count, size or 1)
+    ]
+    shards = batch_shards(mesh)
+    best = [
+        (
+            put_batch(np.full((shards, size, k), -np.inf, np.float32), mesh),
+            put_batch(np.full((shards, size, k), _NOBODY, np.int32), mesh),
         )
-        best = _Best(len(queries), min(k, len(documents)))
+        for _ in chunks
+    ]
+    update = _make_update(mesh, k)
+    pending: collections.deque[Array] = collections.deque()
+    for block in blocks:
+        rank = np.full(len(block.embeddings), _NOBODY, np.int32)
+        rank[: len(block.positions)] = ranks[block.positions]
+        documents = (*(put_batch(x, mesh) for x in block[1:]), put_batch(rank, mesh))
+        for index, chunk in enumerate(chunks):
+            best[index] = update(*best[index], *chunk, *documents)
+        if best:
+            # A host that runs ahead of its devices would fill their memory with blocks.
+            pending.append(best[-1][0])
+            if len(pending) > 2:
+                pending.popleft().block_until_ready()
+    merge = _make_merge(mesh, k)
+    found: list[dict[str, float]] = []
+    for scores, places in (jax.device_get(merge(*shares)) for shares in best):
+        for row, places_of_row in zip(scores, places, strict=True):
+            hits = zip(row.tolist(), places_of_row.tolist(), strict=True)
+            found.append({ids[by_id[place]]: s for s, place in hits if place != _NOBODY})
+    return found[:count]
 
-        def rank(rows: np.ndarray, scores: Float[Array, "Q N"]) -> None:
-            best.add(ids[rows], np.asarray(scores)[:, : len(rows)])
 
-        pending: Any = None
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            width = next(length for length in lengths if length >= sizes[rows].max())
-            block = [
-                pad_rows(_fit(tokens[key][rows], width), batch_size)
-                for key in ("input_ids", "attention_mask", "scoring_mask")
-            ]
-            scores = score(params, query_embeddings, query_mask, *block)
-            if pending is not None:  # the device works on this block while the last is ranked
-                rank(*pending)
-            pending = (rows, scores)
-        if pending is not None:
-            rank(*pending)
-        return dict(zip(queries, best.rankings(), strict=True))
+@functools.lru_cache(maxsize=32)
+def _make_update(mesh: Mesh, k: int) -> Callable[..., tuple[Array, Array]]:
+    """The compiled step from the best so far and a block to the best, on each device's share."""
+
+    def update(
+        best_scores: Float[Array, "1 Q k"],
+        best_ranks: Int[Array, "1 Q k"],
+        queries: Float[Array, "Q S D"],
+        query_mask: Bool[Array, "Q S"],
+        embeddings: Num[Array, "B T D"],
+        document_mask: Bool[Array, "B T"],
+        scales: Float[Array, "B T"] | None,
+        ranks: Int[Array, "B"],
+    ) -> tuple[Float[Array, "1 Q k"], Int[Array, "1 Q k"]]:
+        # What rounds products on an accelerator would order documents by chance.
+        with jax.default_matmul_precision("float32"):
+            documents = decode(embeddings, scales)
+            scores = maxsim_all_pairs(queries, documents, query_mask, document_mask)
+        hit = (ranks != _NOBODY) & ~jnp.isnan(scores)
+        scores = jnp.concatenate([best_scores[0], jnp.where(hit, scores, -jnp.inf)], axis=1)
+        ranks = jnp.concatenate([best_ranks[0], jnp.where(hit, ranks, _NOBODY)], axis=1)
+        scores, ranks = _first(scores, ranks, k)
+        return scores[None], ranks[None]
+
+    split, whole = PartitionSpec(AXIS_RULES["batch"]), PartitionSpec()
+    shared = jax.shard_map(
+        update,
+        mesh=mesh,
+        in_specs=(split, split, whole, whole, split, split, split, split),
+        out_specs=(split, split),
+        check_vma=False,
+    )
+    return jax.jit(shared)
+
+
+@functools.lru_cache(maxsize=32)
+def _make_merge(mesh: Mesh, k: int) -> Callable[..., tuple[Array, Array]]:
+    """The compiled union of what the devices have found."""
+
+    def merge(
+        scores: Float[Array, "shards Q k"], ranks: Int[Array, "shards Q k"]
+    ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
+        flat = [jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1) for x in (scores, ranks)]
+        return _first(flat[0], flat[1], k)
+
+    return jax.jit(merge, out_shardings=replicated(mesh))
+
+
+def _first(
+    scores: Float[Array, "Q N"], ranks: Int[Array, "Q N"], k: int
+) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
+    """The k highest scores of each row, highest first, equal ones by rank."""
+    negated, ranks = jax.lax.sort((-scores, ranks), num_keys=2)
+    return -negated[:, :k], ranks[:, :k]
+
+
+def make_search(encoder: Encoder, params: Params) -> Callable[..., Run]:
+    """Makes `search(queries, documents, k)`, which encodes documents and forgets them.
+
+    Args:
+      encoder: the model's; its compiled programs serve all searches.
+      params: the model's.
+
+    Returns:
+      A function from `{id: text}` queries and `{id: text}` documents to each query's `k` best
+      documents with their scores, as `top_k` orders them.
+    """
+    params = encoder.place(params)
+
+    def search(queries: Mapping[str, str], documents: Mapping[str, str], k: int) -> Run:
+        encoded = encoder.queries(params, list(queries.values()))
+        blocks = encoder.documents(params, documents.values())
+        found = top_k(encoded, blocks, list(documents), k, encoder.mesh)
+        return dict(zip(queries, found, strict=True))
 
     return search
-
-
-class _Best:
-    """The k best documents of every query so far."""
-
-    def __init__(self, queries: int, k: int):
-        self.k = k
-        self.scores = np.zeros((queries, 0), np.float32)
-        self.ids = np.zeros((queries, 0), dtype="U1")
-
-    def add(self, ids: np.ndarray, scores: np.ndarray) -> None:
-        """Takes a block's ids `[N]` and scores `[Q, N]`."""
-        every_id = np.broadcast_to(ids, scores.shape)
-        self.ids = np.concatenate([self.ids, every_id], axis=1)
-        self.scores = np.concatenate([self.scores, scores], axis=1)
-        order = np.lexsort((self.ids, -self.scores), axis=1)[:, : self.k]
-        self.ids = np.take_along_axis(self.ids, order, axis=1)
-        self.scores = np.take_along_axis(self.scores, order, axis=1)
-
-    def rankings(self) -> list[dict[str, float]]:
-        """One `{document id: score}` a query, best first."""
-        return [
-            dict(zip(ids.tolist(), scores.tolist(), strict=True))
-            for ids, scores in zip(self.ids, self.scores, strict=True)
-        ]
-
-
-def _fit(x: np.ndarray, width: int) -> np.ndarray:
-    """Columns cut or padded with zeros to `width`."""
-    return np.pad(x[:, :width], ((0, 0), (0, max(width - x.shape[1], 0))))
-
-
-def pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
-    """Rows padded with zeros to a static number."""
-    return np.pad(x, ((0, rows - len(x)), (0, 0)))

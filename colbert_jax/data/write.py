@@ -1,0 +1,96 @@
+"""Training rows into a file that any phase reads: JSON Lines, gzipped or not, or Parquet."""
+
+import contextlib
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from colbert_jax.errors import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+_BATCH_ROWS = 1024
+
+
+@contextlib.contextmanager
+def open_writer(path: str | Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Opens a file to write rows to, which appears whole or not at all.
+
+    Args:
+      path: ends in one of `SUFFIXES`; it must not exist.
+
+    Yields:
+      `write(row)`; all rows must have the same columns.
+
+    Raises:
+      UserError: the file exists, cannot be written or is of another kind.
+    """
+    path = Path(path)
+    check_output(path)
+    partial = path.with_name(f".{path.name}.unfinished")
+    try:
+        with (_write_parquet if path.suffix == ".parquet" else _write_lines)(
+            partial, path
+        ) as write:
+            yield write
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): mend that and run it again."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_output(path: str | Path) -> None:
+    """Raises `UserError` where `open_writer` would, before any work is done."""
+    path = Path(path)
+    if not path.name.endswith(SUFFIXES):
+        raise UserError(f"--output={path}: its name must end in one of {', '.join(SUFFIXES)}.")
+    if path.exists():
+        raise UserError(f"--output={path} exists: remove it, or choose another name.")
+    if not path.parent.is_dir():
+        raise UserError(f"--output={path}: there is no folder {path.parent}; make it first.")
+
+
+@contextlib.contextmanager
+def _write_lines(partial: Path, path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    with gzip.open(partial, "wb") if path.suffix == ".gz" else partial.open("wb") as file:
+
+        def write(row: dict[str, Any]) -> None:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+
+        yield write
+
+
+@contextlib.contextmanager
+def _write_parquet(partial: Path, path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    del path
+    rows: list[dict[str, Any]] = []
+    writer: pq.ParquetWriter | None = None
+
+    def flush() -> None:
+        nonlocal writer
+        table = pa.Table.from_pylist(rows)
+        if writer is None:
+            writer = pq.ParquetWriter(partial, table.schema)
+        writer.write_table(table.cast(writer.schema))
+        rows.clear()
+
+    def write(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if len(rows) == _BATCH_ROWS:
+            flush()
+
+    try:
+        yield write
+        if rows or writer is None:
+            flush()
+    finally:
+        if writer is not None:
+            writer.close()

@@ -1,0 +1,1 @@
+"""What the programs in `launch/` that use a trained model do, one file each."""

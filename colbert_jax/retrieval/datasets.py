@@ -1,0 +1,208 @@
+"""Test collections by name: BEIR folders, NanoBEIR and BEIR on the Hugging Face Hub."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection as Names
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from colbert_jax.data.hub import Hub
+from colbert_jax.data.rows import RowError, read_table
+from colbert_jax.errors import UserError
+from colbert_jax.retrieval.collection import Collection, read_beir
+
+logger = logging.getLogger(__name__)
+
+# The thirteen of NanoBEIR, 50 queries each; as PyLate's evaluator names and takes them.
+NANO_BEIR = {
+    f"Nano{name}": f"zeta-alpha-ai/Nano{name}"
+    for name in (
+        "ClimateFEVER",
+        "DBPedia",
+        "FEVER",
+        "FiQA2018",
+        "HotpotQA",
+        "MSMARCO",
+        "NFCorpus",
+        "NQ",
+        "QuoraRetrieval",
+        "SCIDOCS",
+        "ArguAna",
+        "SciFact",
+        "Touche2020",
+    )
+}
+
+# BEIR's names on the hub where they are not `BeIR/NAME`; CQADupStack is twelve forums.
+_FORUMS = (
+    "android",
+    "english",
+    "gaming",
+    "gis",
+    "mathematica",
+    "physics",
+    "programmers",
+    "stats",
+    "tex",
+    "unix",
+    "webmasters",
+    "wordpress",
+)
+_BEIR_NAMES = {"touche2020": "webis-touche2020"}
+_DEV_SPLITS = {"msmarco": "dev"}  # the split that BEIR's table reports, where it is not `test`
+
+
+def open_dataset(
+    name: str, split: str | None = None, hub: Hub | None = None
+) -> Iterator[Collection]:
+    """Reads the collections of a data set, one after the other.
+
+    Args:
+      name: a folder in BEIR's layout; a folder of such folders, whose parts count as one (BEIR's
+        CQADupStack); `nanobeir`, or one of its parts as `nanobeir/SciFact`; or `beir/NAME`.
+      split: which judgements; BEIR's own by default, `test` but for MS MARCO.
+      hub: where the names of the hub lead.
+
+    Raises:
+      UserError: there is no such data set, or something in it cannot be used.
+    """
+    hub = hub or Hub()
+    if Path(name).is_dir():
+        yield from _open_folder(Path(name), split or "test")
+    elif name.lower() == "nanobeir":
+        for part, dataset in NANO_BEIR.items():
+            yield _read_hub(hub, part, dataset, dataset, "train")
+    elif name.lower().startswith("nanobeir/"):
+        wanted = name.partition("/")[2].lower().removeprefix("nano")
+        known = {part.lower().removeprefix("nano"): part for part in NANO_BEIR}
+        if wanted not in known:
+            raise UserError(
+                f"NanoBEIR has no part {name.partition('/')[2]!r}: choose one of "
+                f"{', '.join(part.removeprefix('Nano') for part in NANO_BEIR)}."
+            )
+        part = known[wanted]
+        yield _read_hub(hub, part, NANO_BEIR[part], NANO_BEIR[part], "train")
+    elif name.lower() == "beir/cqadupstack":
+        for forum in _FORUMS:
+            dataset = f"mteb/cqadupstack-{forum}"
+            part = f"cqadupstack-{forum}"
+            yield _read_hub(hub, part, dataset, dataset, split or "test", group="cqadupstack")
+    elif name.lower().startswith("beir/"):
+        short = name.partition("/")[2].lower()
+        dataset = f"BeIR/{_BEIR_NAMES.get(short, short)}"
+        chosen = split or _DEV_SPLITS.get(short, "test")
+        yield _read_hub(hub, short, dataset, f"{dataset}-qrels", chosen)
+    else:
+        raise UserError(
+            f"{name!r} is no data set: give a folder in BEIR's layout (corpus.jsonl, "
+            "queries.jsonl, qrels/test.tsv), nanobeir, or beir/NAME such as beir/scifact."
+        )
+
+
+def _open_folder(folder: Path, split: str) -> Iterator[Collection]:
+    parts = sorted(p for p in folder.iterdir() if (p / "corpus.jsonl").is_file())
+    if (folder / "corpus.jsonl").is_file() or not parts:
+        yield read_beir(folder, split)
+        return
+    for part in parts:
+        read = read_beir(part, split)
+        whole = folder.resolve().name
+        yield Collection(
+            f"{whole}-{read.name}", read.documents, read.queries, read.qrels, group=whole
+        )
+
+
+def _read_hub(
+    hub: Hub, name: str, dataset: str, qrels_dataset: str, split: str, group: str = ""
+) -> Collection:
+    """A collection whose corpus, queries and judgements are files of data sets of the hub."""
+    logger.info("reading %s from the hub", dataset)
+    commit = hub.commit(dataset, None)
+    files = hub.files(dataset, commit)
+
+    def table(part: str, choose: Callable[[Names[str]], list[str]]) -> Iterator[dict[str, Any]]:
+        found = [file for file in files if _belongs(file, part)]
+        if not found:
+            raise UserError(f"{dataset} on the hub has no {part} as Parquet or JSON Lines.")
+        for file in sorted(found):
+            yield from _rows(hub.fetch(dataset, commit, file), choose)
+
+    documents = dict(_texts(table("corpus", _text_columns), f"{dataset}, corpus"))
+    texts = dict(_texts(table("queries", _text_columns), f"{dataset}, queries"))
+    qrels = _read_qrels(hub, qrels_dataset, split)
+    for query_id in [q for q in qrels if q not in texts]:  # NFCorpus judges one that is not there
+        logger.warning(
+            "%s judges the query %r, which it does not have; left out", dataset, query_id
+        )
+        del qrels[query_id]
+    if not qrels:
+        raise UserError(f"{dataset} on the hub has no judgements of the split {split!r}.")
+    queries = {query_id: texts[query_id] for query_id in texts if query_id in qrels}
+    return Collection(name, documents, queries, qrels, group)
+
+
+def _read_qrels(hub: Hub, dataset: str, split: str) -> dict[str, dict[str, int]]:
+    commit = hub.commit(dataset, None)
+    files = hub.files(dataset, commit)
+    found = [f for f in files if _stem(f) == split and f.endswith(".tsv")]
+    found += [f for f in files if _is_table(f) and _stem(f) == split and "corpus" not in f]
+    found = [f for f in found if "queries" not in f and "corpus" not in f]
+    if not found:
+        raise UserError(f"{dataset} on the hub has no judgements of the split {split!r}.")
+    qrels: dict[str, dict[str, int]] = {}
+    for file in sorted(found):
+        for row in _judgements(hub.fetch(dataset, commit, file)):
+            # NanoBEIR's have no score: what is listed is relevant.
+            relevance = int(row.get("score", 1))
+            qrels.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = relevance
+    return qrels
+
+
+def _judgements(path: Path) -> Iterator[Mapping[str, Any]]:
+    if path.suffix == ".tsv":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        names = lines[0].split("\t")
+        yield from (dict(zip(names, line.split("\t"), strict=True)) for line in lines[1:] if line)
+        return
+
+    def choose(found: Names[str]) -> list[str]:
+        if not {"query-id", "corpus-id"} <= set(found):
+            raise RowError(f"the columns found are {', '.join(found)}; query-id is wanted")
+        return [name for name in ("query-id", "corpus-id", "score") if name in found]
+
+    yield from _rows(path, choose)
+
+
+def _texts(rows: Iterable[Mapping[str, Any]], where: str) -> Iterator[tuple[str, str]]:
+    for row in rows:
+        title, text = row.get("title") or "", row.get("text")
+        if row.get("_id") is None or not isinstance(text, str):
+            raise UserError(f"{where} has a row without an id or a text; it cannot be used.")
+        yield str(row["_id"]), f"{title} {text}" if title else text
+
+
+def _text_columns(found: Names[str]) -> list[str]:
+    if not {"_id", "text"} <= set(found):
+        raise RowError(f"the columns found are {', '.join(found)}; _id and text are wanted")
+    return [name for name in ("_id", "title", "text") if name in found]
+
+
+def _rows(path: Path, choose: Callable[[Names[str]], list[str]]) -> Iterator[dict[str, Any]]:
+    for number, row in read_table(path, choose):
+        if isinstance(row, RowError):
+            raise UserError(f"{path}, row {number}: {row}.")
+        yield row
+
+
+def _belongs(file: str, part: str) -> bool:
+    """Whether a file holds a table: `corpus.jsonl.gz`, `corpus/train-00000-of-00001.parquet`."""
+    return _is_table(file) and (file.split("/")[0] == part or _stem(file) == part)
+
+
+def _is_table(file: str) -> bool:
+    return file.endswith((".parquet", ".jsonl", ".jsonl.gz"))
+
+
+def _stem(file: str) -> str:
+    """What a file holds by its name: `qrels/test-00000-of-00001.parquet` is `test`."""
+    return PurePosixPath(file).name.split(".")[0].partition("-0")[0]

@@ -1,0 +1,48 @@
+"""What a run is made of and where it ran: `<workdir>/run.json`, for its report."""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from colbert_jax.results import write_json
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+
+
+def note_session(workdir: Path, first_step: int, devices: int, facts: Mapping[str, Any]) -> None:
+    """Adds this start, or going on, to the run's sessions.
+
+    Args:
+      workdir: the run's folder.
+      first_step: updates made before.
+      devices: how many are used.
+      facts: what is the same in all sessions: sizes of model and data.
+    """
+    session = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "first_step": first_step,
+        "command": sys.argv,
+        "backend": jax.default_backend(),
+        "device_kind": jax.devices()[0].device_kind,
+        "devices": devices,
+        "processes": jax.process_count(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    before = read_sessions(workdir) if first_step else []
+    write_json(workdir / "run.json", {"sessions": [*before, session], **facts})
+
+
+def read_sessions(workdir: Path) -> list[dict[str, Any]]:
+    """The sessions noted so far; a file that cannot be read counts as none."""
+    try:
+        return json.loads((workdir / "run.json").read_text(encoding="utf-8"))["sessions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
