@@ -7,14 +7,19 @@ reads them without the optimiser's two thirds.
 
 import json
 import logging
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from colbert_jax.errors import UserError
+
+# What a checkpoint is worth: its "value", higher is better, None where it was not measured, and
+# what it is a value "of". Values of other things are not compared with each other.
+_Worth = Mapping[str, Any]
 
 # Orbax logs a dozen lines a save; what a user needs of it, the run says itself.
 logging.getLogger("absl").setLevel(logging.WARNING)
@@ -29,23 +34,15 @@ class Checkpoints:
         Args:
           workdir: the run's folder.
           every_steps: save at multiples of this step; 0 leaves only the saves asked for.
-          max_to_keep: how many of the newest checkpoints stay on disk. The one with the highest
-            value that `save` was given stays beside them.
+          max_to_keep: how many of the newest checkpoints stay on disk, at least one. The one with
+            the highest value that `save` was given stays beside them.
         """
         self.folder = Path(workdir).absolute() / "checkpoints"
         self.every_steps = every_steps
-        keep = preservation_policy.AnyPreservationPolicy(
-            [
-                preservation_policy.LatestN(max_to_keep),
-                preservation_policy.BestN(
-                    get_metric_fn=lambda metrics: metrics["value"],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep, enable_async_checkpointing=True
+            preservation_policy=_NewestAndBest(max_to_keep),
+            best_fn=lambda worth: worth["value"],  # without one, Orbax does not write the worth
+            enable_async_checkpointing=True,
         )
         # Saying what each item is lets a reader that never saved ask for an item's shapes.
         handlers = {
@@ -57,6 +54,8 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(
             self.folder, options=options, item_names=tuple(handlers), item_handlers=handlers
         )
+        # Kept here, because that of a step which is still being written cannot be read yet.
+        self._worth = {step: self.manager.metrics(step) for step in self.manager.all_steps()}
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step, or None."""
@@ -64,22 +63,21 @@ class Checkpoints:
 
     def best(self) -> tuple[int, float] | None:
         """The step with the highest value that `save` was given, and the value; the first such."""
-        values = {
-            step: metrics["value"]
-            for step in self.manager.all_steps()
-            if (metrics := self.manager.metrics(step))
-        }
-        if not values:
-            return None
-        step = max(sorted(values), key=values.__getitem__)
-        return step, values[step]
+        return _best({step: self._worth.get(step) for step in self.manager.all_steps()})
 
-    def is_best(self, value: float | None) -> bool:
-        """Whether a value is higher than that of every checkpoint so far."""
-        if value is None:
+    def is_best(self, value: float | None, config: Mapping[str, Any]) -> bool:
+        """Whether a value is higher than that of every checkpoint so far.
+
+        Args:
+          value: as `save` takes it.
+          config: the run's, which says what it is a value of.
+        """
+        worth = _worth(value, config)
+        if worth["value"] is None:
             return False
-        best = self.best()
-        return best is None or value > best[1]
+        known = {step: self._worth.get(step) for step in self.manager.all_steps()}
+        best = _best({step: w for step, w in known.items() if w and w.get("of") == worth["of"]})
+        return best is None or worth["value"] > best[1]
 
     def find_step(self, name: str) -> int:
         """The step that a name means: "latest", "best" or a number.
@@ -100,7 +98,7 @@ class Checkpoints:
                 f"{self.folder} has no best checkpoint, since the run was not evaluated while it "
                 "trained: set config.evals.best and config.evals.every_steps."
             )
-        if not name.isdigit() or int(name) not in steps:
+        if not name.isdecimal() or int(name) not in steps:
             raise UserError(
                 f"{self.folder} has no step {name!r}: choose latest, best or one of "
                 f"{', '.join(map(str, steps))}."
@@ -130,9 +128,11 @@ class Checkpoints:
           input_state: the batch iterator's position, a small JSON object.
           config: the run's config, a JSON object.
           value: how good the parameters were found to be, if they were measured; higher is better.
+            What is not finite counts as not measured.
         """
         if step in self.manager.all_steps():
             return
+        self._worth[step] = _worth(value, config)
         self.manager.save(
             step,
             args=ocp.args.Composite(
@@ -141,7 +141,7 @@ class Checkpoints:
                 input=ocp.args.JsonSave(input_state),
                 config=ocp.args.JsonSave(config),
             ),
-            metrics=None if value is None else {"value": value},
+            metrics=self._worth[step],
         )
 
     def restore(self, *, params: Any, optimizer: Any) -> tuple[Any, Any, dict]:
@@ -200,6 +200,38 @@ class Checkpoints:
         """Finishes saving and frees the manager's threads."""
         self.manager.wait_until_finished()
         self.manager.close()
+
+
+class _NewestAndBest:
+    """Which checkpoints stay, as Orbax asks for it."""
+
+    def __init__(self, newest: int):
+        self.newest = max(newest, 1)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """For each checkpoint, oldest first, whether it stays."""
+        del context
+        best = _best({info.step: info.metrics for info in checkpoints})
+        kept = {info.step for info in checkpoints[-self.newest :]} | ({best[0]} if best else set())
+        return [info.step in kept for info in checkpoints]
+
+
+def _worth(value: float | None, config: Mapping[str, Any]) -> _Worth:
+    """A value with what it is of: a run may go on with other collections or another measure."""
+    evals = config.get("evals", {})
+    known = value if value is not None and math.isfinite(value) else None
+    return {"value": known, "of": [evals.get("best", ""), *evals.get("collections", ())]}
+
+
+def _best(worth: Mapping[int, _Worth | None]) -> tuple[int, float] | None:
+    """The first step of the highest value, among those of what was measured last."""
+    measured = {s: w for s, w in sorted(worth.items()) if w and w.get("value") is not None}
+    if not measured:
+        return None
+    of = measured[max(measured)].get("of")
+    values = {step: w["value"] for step, w in measured.items() if w.get("of") == of}
+    step = max(values, key=values.__getitem__)
+    return step, values[step]
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -1,18 +1,24 @@
 """How well a run's model ranks: before, while and after it trains."""
 
+import hashlib
 import json
 import logging
 import math
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from colbert_jax.colbert import Params
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from colbert_jax.colbert import Embed, Params
 from colbert_jax.data.inputs import Corpus
 from colbert_jax.errors import UserError
 from colbert_jax.metric_log import MetricLog
-from colbert_jax.results import Results, read_results, write_json
+from colbert_jax.results import Results, write_json
 from colbert_jax.retrieval.collection import Collection
 from colbert_jax.retrieval.datasets import open_dataset
 from colbert_jax.retrieval.encode import Encoder
@@ -21,8 +27,12 @@ from colbert_jax.retrieval.examples import describe_queries
 from colbert_jax.retrieval.explain import explain
 from colbert_jax.retrieval.metrics import DEFAULT_METRICS
 from colbert_jax.retrieval.search import make_search
+from colbert_jax.sharding import make_mesh
+from colbert_jax.tokenization import ColbertTokenizer
 
 logger = logging.getLogger(__name__)
+
+SYSTEMS = ("bm25", "untrained", "trained")
 
 
 class Evals:
@@ -36,7 +46,7 @@ class Evals:
         self,
         settings: Mapping[str, Any],
         collections: Sequence[Collection],
-        encoder: Encoder,
+        model: tuple[Embed, ColbertTokenizer, Mesh],
         workdir: Path,
         log: MetricLog,
         resumed: bool,
@@ -46,32 +56,50 @@ class Evals:
         Args:
           settings: `config.evals`.
           collections: from `open_collections`.
-          encoder: the model's.
+          model: how it encodes, its tokenizer, and the mesh that it runs on.
           workdir: the run's folder.
           log: takes every measure.
           resumed: whether the run goes on; otherwise what lies in its folder is not read.
         """
         self.settings = settings
         self.collections = collections
-        self.encoder = encoder
+        embed, tokenizer, mesh = model
+        self.encoder = self._explainer = Encoder(embed, tokenizer, mesh)
+        if jax.process_count() > 1:
+            # A host can look only into what its own devices hold, and one is enough for that.
+            alone = make_mesh(devices=jax.local_devices()[:1])
+            self._explainer = Encoder(embed, tokenizer, alone)
         self.workdir = workdir
         self.log = log
-        self.results: Results = read_results(workdir) if resumed else {}
         self._bm25: dict[str, Evaluation] = {}
+        if not resumed and jax.process_index() == 0:  # of a run that stopped before it saved
+            (workdir / "results.json").unlink(missing_ok=True)
+            shutil.rmtree(workdir / "evaluation", ignore_errors=True)
+        self._systems: dict[str, Results] = {
+            c.name: _read_systems(evaluation_path(workdir, c.name)) if resumed else {}
+            for c in collections
+        }
+
+    @property
+    def results(self) -> Results:
+        """What is known of each system that was measured on all collections, averaged over them."""
+        known = list(self._systems.values())
+        return {
+            system: average(self.collections, {n: s[system] for n, s in self._systems.items()})
+            for system in SYSTEMS
+            if known and all(system in systems for systems in known)
+        }
 
     def start(self, params: Params) -> None:
         """Measures BM25 and the model as it is now, where the config asks for it."""
         if not (self.collections and self.settings["baselines"]):
             return
         logger.info("measuring BM25 and the untrained model")
-        bm25 = {c.name: self._rank_by_bm25(c).metrics for c in self.collections}
-        self.results["bm25"] = average(self.collections, bm25)
         untrained = self._measure(0, params)
-        metrics = {name: found.metrics for name, found in untrained.items()}
-        self.results["untrained"] = average(self.collections, metrics)
         for collection in self.collections:
-            systems = {"bm25": bm25[collection.name], "untrained": metrics[collection.name]}
-            self._write(collection, {"step": 0, "systems": systems})
+            bm25 = self._rank_by_bm25(collection)
+            measured = {"bm25": bm25.metrics, "untrained": untrained[collection.name].metrics}
+            self._write(collection, 0, measured)
         write_json(self.workdir / "results.json", self.results)
 
     def during(self, step: int, params: Params, last: bool) -> float | None:
@@ -92,27 +120,30 @@ class Evals:
         """Measures the trained model, and looks into single queries."""
         logger.info("measuring the trained model")
         found = self._measure(step, params)
-        metrics = {name: evaluation.metrics for name, evaluation in found.items()}
-        self.results["trained"] = average(self.collections, metrics)
-        placed = self.encoder.place(params)
+        explained = self._explainer.place(self._here(params))
         for collection in self.collections:
-            runs = {"trained": found[collection.name].run}
-            systems = {"trained": metrics[collection.name]}
+            runs = {"trained": found[collection.name]}
             if self.settings["baselines"]:
-                ranked = self._rank_by_bm25(collection)
-                runs = {"bm25": ranked.run, **runs}
-                systems = {"bm25": ranked.metrics, **systems}
-            described = describe_queries(
-                collection, runs, lambda q, texts: explain(self.encoder, placed, q, texts)
-            )
-            self._write(collection, {"step": step, "systems": systems, **described})
+                runs = {"bm25": self._rank_by_bm25(collection), **runs}
+            with jax.set_mesh(self._explainer.mesh):
+                described = describe_queries(
+                    collection,
+                    {system: evaluation.run for system, evaluation in runs.items()},
+                    lambda q, texts: explain(self._explainer, explained, q, texts),
+                )
+            measured = {system: evaluation.metrics for system, evaluation in runs.items()}
+            self._write(collection, step, measured, described)
         write_json(self.workdir / "results.json", self.results)
         return self.results["trained"]
 
     def forget_trained(self) -> None:
-        """Drops the result of a run that is now to be trained for longer."""
-        if self.results.pop("trained", None):
-            write_json(self.workdir / "results.json", self.results)
+        """Drops the results of a run that is now to be trained for longer."""
+        if not any("trained" in systems for systems in self._systems.values()):
+            return
+        for collection in self.collections:
+            self._systems[collection.name].pop("trained", None)
+            self._write(collection, 0, {})
+        write_json(self.workdir / "results.json", self.results)
 
     def _means(self, step: int, params: Params) -> dict[str, float]:
         found = self._measure(step, params)
@@ -132,23 +163,47 @@ class Evals:
         self.log.write(step, values)
         return found
 
+    def _here(self, params: Params) -> Params:
+        """Parameters that the explainer can place."""
+        if self._explainer is self.encoder:
+            return params
+        return jax.tree.map(np.asarray, self.encoder.place(params))
+
     def _rank_by_bm25(self, collection: Collection) -> Evaluation:
         if collection.name not in self._bm25:
             self._bm25[collection.name] = evaluate_bm25(collection)
         return self._bm25[collection.name]
 
-    def _write(self, collection: Collection, found: Mapping[str, Any]) -> None:
-        folder = self.workdir / "evaluation"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', collection.name)}.json"
-        known = {
+    def _write(
+        self,
+        collection: Collection,
+        step: int,
+        measured: Results,
+        described: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Adds systems to what is known of a collection, and writes it down."""
+        known = self._systems[collection.name] | measured
+        self._systems[collection.name] = {name: known[name] for name in SYSTEMS if name in known}
+        path = evaluation_path(self.workdir, collection.name)
+        if jax.process_index() == 0:
+            path.parent.mkdir(exist_ok=True)
+        facts = {
             "collection": collection.name,
             "group": collection.group,
             "documents": len(collection.documents),
             "queries": len(collection.queries),
+            "step": step,
+            "systems": self._systems[collection.name],
         }
-        systems = {**_read_systems(path), **found["systems"]}
-        write_json(path, {**known, **found, "systems": systems})
+        write_json(path, _finite({**facts, **(described or {})}))
+
+
+def evaluation_path(workdir: Path, name: str) -> Path:
+    """Where the results on a collection are kept; no two names have one path."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
+    if plain != name:
+        plain += f"-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+    return workdir / "evaluation" / f"{plain}.json"
 
 
 def open_collections(names: Sequence[str], corpus: Corpus) -> list[Collection]:
@@ -169,6 +224,11 @@ def open_collections(names: Sequence[str], corpus: Corpus) -> list[Collection]:
             )
         collections.append(Collection(name, *corpus.held_out))
     for collection in collections:
+        if collection.name == "average" and len(collections) > 1:
+            raise UserError(
+                "A collection of config.evals.collections is called 'average', as is the mean of "
+                "all of them in the metrics: rename its folder."
+            )
         if sum(other.name == collection.name for other in collections) > 1:
             raise UserError(
                 f"Two collections of config.evals.collections are called {collection.name!r}, and "
@@ -197,9 +257,23 @@ def check_evals(settings: Mapping[str, Any]) -> None:
         )
 
 
-def _read_systems(path: Path) -> dict[str, Any]:
-    """What an earlier session has measured."""
+def _read_systems(path: Path) -> Results:
+    """What earlier sessions have measured; a file that cannot be read counts as nothing."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["systems"]
+        systems = json.loads(path.read_text(encoding="utf-8"))["systems"]
+        return {
+            name: {measure: float(systems[name][measure]) for measure in DEFAULT_METRICS}
+            for name in SYSTEMS
+            if name in systems
+        }
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _finite(value: Any) -> Any:
+    """Plain data with null for what is no number: JSON knows no NaN, a model that diverged does."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

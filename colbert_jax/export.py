@@ -9,8 +9,9 @@ from colbert_jax import huggingface
 from colbert_jax.checkpoint import read_config
 from colbert_jax.colbert import Params, param_axes, param_shapes
 from colbert_jax.huggingface import Model
+from colbert_jax.metric_log import read_metrics
 from colbert_jax.model_card import model_card
-from colbert_jax.results import read_results
+from colbert_jax.results import Results, read_results
 from colbert_jax.sharding import make_mesh, tree_shardings
 from colbert_jax.start import CONFIG_FILE, load_run_params
 
@@ -31,7 +32,7 @@ def export_run(workdir: str | Path, output: str | Path, step: str = "latest") ->
     workdir = Path(workdir)
     config = read_config(workdir / CONFIG_FILE)
     model, params, number = read_run(workdir, step)
-    card = model_card(model, config, number, read_results(workdir))
+    card = model_card(model, config, number, results_at(workdir, number))
     huggingface.save_model(output, model, params, card)
     logger.info("%s, step %d: exported to %s", workdir, number, output)
 
@@ -56,3 +57,19 @@ def read_run(workdir: str | Path, step: str = "latest") -> tuple[Model, Params, 
     )
     params, number = load_run_params(workdir, like, step)
     return model, params, number
+
+
+def results_at(workdir: Path, step: int) -> Results:
+    """A run's results, with those of the model at one step, if it was measured there.
+
+    `results.json` has the last step's alone, and an earlier one may be exported.
+    """
+    results = {name: found for name, found in read_results(workdir).items() if name != "trained"}
+    measured: dict[str, dict[str, float]] = {}
+    for row in read_metrics(workdir):
+        for key in row if row["step"] == step else ():
+            if key.startswith("eval/"):
+                name, measure = key.removeprefix("eval/").rsplit("/", 1)
+                measured.setdefault(name, {})[measure] = row[key]
+    found = measured.get("average") or next(iter(measured.values()), None)
+    return results | {"trained": found} if found else results

@@ -11,15 +11,19 @@ Results = dict[str, dict[str, float]]  # system -> measure -> value
 
 
 def read_results(workdir: Path) -> Results:
-    """What `<workdir>/results.json` holds so far."""
-    path = workdir / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """What `<workdir>/results.json` holds so far; one that cannot be read counts as nothing."""
+    try:
+        return json.loads((workdir / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON on the first host."""
+    """Writes JSON on the first host; a kill while writing leaves what was there before."""
     if jax.process_index() == 0:
-        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
 
 
 def results_table(results: Mapping[str, Mapping[str, float]], markdown: bool = False) -> str:

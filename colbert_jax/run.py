@@ -20,7 +20,6 @@ from colbert_jax.export import export_run
 from colbert_jax.huggingface import Model
 from colbert_jax.metric_log import MetricLog, draw_curves
 from colbert_jax.results import Results, results_table, write_json
-from colbert_jax.retrieval.encode import Encoder
 from colbert_jax.sessions import note_session
 from colbert_jax.sharding import join_hosts, make_mesh
 from colbert_jax.start import CONFIG_FILE, is_run, open_model, start_state
@@ -61,6 +60,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
     # Text, and how it becomes tokens.
     corpus = open_corpus(plain["input"])
     check_rows(corpus, plain["loss"]["kind"])
+    collections = open_collections(plain["evals"]["collections"], corpus)
     checkpoints = Checkpoints(workdir, **plain["checkpoint"])
     resumed = checkpoints.latest_step()
     if resumed is None:
@@ -99,13 +99,13 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
             batches.set_state(input_state)
             write_json(workdir / CONFIG_FILE, plain)  # only now is it sure to fit the checkpoint
         facts = describe(config, model, corpus, mesh.size, workdir, resumed)
-        note_session(workdir, resumed or 0, mesh.size, facts)
+        if int(state.step) < config.total_steps:
+            note_session(workdir, resumed or 0, mesh.size, facts)
 
         # How well it ranks, before, during and after.
         log = MetricLog(workdir, resume_step=resumed)
-        collections = open_collections(plain["evals"]["collections"], corpus)
-        encoder = Encoder(embed, model.tokenizer, mesh)
-        evals = Evals(plain["evals"], collections, encoder, workdir, log, resumed is not None)
+        encodes = (embed, model.tokenizer, mesh)
+        evals = Evals(plain["evals"], collections, encodes, workdir, log, resumed is not None)
         if int(state.step) < config.total_steps:
             evals.forget_trained()
         if resumed is None:

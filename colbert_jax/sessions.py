@@ -34,7 +34,7 @@ def note_session(workdir: Path, first_step: int, devices: int, facts: Mapping[st
         "devices": devices,
         "processes": jax.process_count(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
     }
     before = read_sessions(workdir) if first_step else []
     write_json(workdir / "run.json", {"sessions": [*before, session], **facts})
@@ -43,6 +43,14 @@ def note_session(workdir: Path, first_step: int, devices: int, facts: Mapping[st
 def read_sessions(workdir: Path) -> list[dict[str, Any]]:
     """The sessions noted so far; a file that cannot be read counts as none."""
     try:
-        return json.loads((workdir / "run.json").read_text(encoding="utf-8"))["sessions"]
+        sessions = json.loads((workdir / "run.json").read_text(encoding="utf-8"))["sessions"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+    return sessions if isinstance(sessions, list) else []
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # some vendors' builds go by another name
+        return None

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -63,6 +64,9 @@ class TokenizationConfig:
                     f"{name} is {getattr(self, name)}: it must be at least 4 tokens, to hold "
                     "[CLS], the marker, one token of text and [SEP]."
                 )
+
+
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 class Piece(NamedTuple):
@@ -229,6 +233,8 @@ class ColbertTokenizer:
 
     def _clean(self, text: str) -> str:
         text = text.strip()
+        if not text.isascii():  # JSON can hold half of a surrogate pair, which tokenizers refuse
+            text = _HALF_PAIR.sub("\ufffd", text)
         return text.lower() if self.config.do_lower_case else text
 
     def _pieces(
@@ -252,7 +258,7 @@ class ColbertTokenizer:
             start += len(cleaned[start:end]) - len(cleaned[start:end].lstrip())
             inside = shifted and start + shift >= 0 and start < end
             span = (start + shift, end + shift) if inside else None
-            pieces.append(Piece(cleaned[start:end], span))
+            pieces.append(Piece(cleaned[start:end] or token, span))
         if marker_id is not None:
             marker = backend.id_to_token(marker_id) or ""
             pieces.insert(1, Piece(marker.strip(), None))

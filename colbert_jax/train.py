@@ -445,7 +445,7 @@ def train(
                 waited, since, last_logged = 0.0, time.perf_counter(), step
             paused = time.perf_counter()
             value = evaluate(step, state.params)
-            if checkpoints.due(step) or checkpoints.is_best(value) or step == total_steps:
+            if checkpoints.due(step) or checkpoints.is_best(value, config) or step == total_steps:
                 save_state(checkpoints, state, position, config, value)
             since += time.perf_counter() - paused
     checkpoints.wait()

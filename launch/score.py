@@ -38,6 +38,10 @@ def main() -> None:
     teacher = TEACHER()
     if bool(teacher.name) == bool(SCORES.value):
         raise UserError("Give either --teacher with --rows, or --scores: see --help.")
+    if SCORES.value and ROWS.value:
+        raise UserError("--rows are for a --teacher to score: leave them out, or --scores.")
+    if teacher.name and (QUERIES.value or DOCUMENTS.value):
+        raise UserError("--queries and --documents go with --scores: leave them out.")
     if SCORES.value:
         import_scores(SCORES.value, OUTPUT.value, QUERIES.value, DOCUMENTS.value, CANDIDATES.value)
         return

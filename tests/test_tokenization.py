@@ -1,13 +1,16 @@
 """Texts become PyLate's ids and masks, token for token."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unicodedata import combining
 
 import numpy as np
 import pytest
 from reference.client import PyLateReference
+from tiny_model import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from colbert_jax.errors import UserError
@@ -189,6 +192,103 @@ def test_a_batch_does_not_change_its_texts_tokens(folder: Path, real_texts: list
         alone = ours.documents([text], length=180)
         for name, array in together.items():
             np.testing.assert_array_equal(array[row], alone[name][0])
+
+
+# What each token stands for.
+
+
+PIECES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "prompted": {"query_prompt": PROMPTS["query"], "document_prompt": PROMPTS["document"]},
+    "lowered": {"do_lower_case": True, "query_prompt": " Q: ", "document_prompt": "\tDoc: "},
+    "no_markers": {"query_prefix": "", "document_prefix": ""},
+    "short": {"query_length": 4, "document_length": 7},
+    "long": {"query_length": 300, "document_length": 700},
+    "glued_prompt": {"query_prompt": "query", "document_prompt": "document"},
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_line_up_with_tokens_and_cut_the_text(
+    tokenizer_file: Path, real_texts: list[str], name: str
+) -> None:
+    ours = make_tokenizer(tokenizer_file, **PIECES[name])
+    known = ours.tokenizer
+    texts = [*real_texts[:400], *EDGES]
+    for ids_of, pieces_of, prompt in (
+        (ours.query_ids, ours.query_pieces, ours.config.query_prompt),
+        (ours.document_ids, ours.document_pieces, ours.config.document_prompt),
+    ):
+        spans = 0
+        for text, ids in zip(texts, ids_of(texts), strict=True):
+            pieces = pieces_of(text)
+            tokens = known.convert_ids_to_tokens(ids)
+            assert len(pieces) == len(tokens)
+            last = 0
+            for token, (label, span) in zip(tokens, pieces, strict=True):
+                assert label
+                if span is None:
+                    continue
+                spans += 1
+                start, end = span
+                assert 0 <= start < end <= len(text)
+                cut = re.sub("[\ud800-\udfff]", "\ufffd", text[start:end])
+                assert label == (cut.lower() if ours.config.do_lower_case else cut)
+                assert not cut[0].isspace()
+                assert last <= start  # in the order of the text
+                last = start
+                # The token spells what was cut, where it is not a part of a letter's bytes.
+                spelt = known.convert_tokens_to_string([token])
+                if spelt.isascii() and cut.isascii():
+                    assert spelt.strip() == label.strip()
+            if not prompt:
+                covered = {i for _, s in pieces if s for i in range(*s)}
+                size = ours.config.query_length if ids_of == ours.query_ids else None
+                cut_off = len(ids) == (size or ours.config.document_length)
+                if not cut_off:  # every letter has its token, with the accents that follow it
+                    letters = {i for i, x in enumerate(text) if not (x.isspace() or combining(x))}
+                    assert covered >= letters
+        assert spans > 300
+
+
+EDGES = (
+    "\u0130stanbul is lower-cased to one letter more",
+    "  \u0130  ",
+    "half \ud83d a pair",
+    "\ud800",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 family",
+    "e\u0301 composed by the tokenizer",
+    "[MASK] [SEP] [Q] [D] spelt",
+    "x" * 3000,
+)
+
+
+def test_spans_are_none_rather_than_wrong(tokenizer_file: Path) -> None:
+    ours = make_tokenizer(tokenizer_file, do_lower_case=True)
+    # Lower-casing makes two letters of the first, so that all that follows is shifted.
+    assert all(span is None for _, span in ours.document_pieces("\u0130 a list"))
+    assert any(span for _, span in ours.document_pieces("I a list"))
+
+
+def test_special_tokens_markers_and_prompts_are_not_of_the_text(tokenizer_file: Path) -> None:
+    ours = make_tokenizer(tokenizer_file, query_prompt="search_query: ")
+    pieces = ours.query_pieces("  parse it ")
+    assert [piece.label for piece in pieces[:2]] == ["[CLS]", "[Q]"]
+    assert pieces[-1].label == "[SEP]"
+    of_text = [(piece.label, piece.span) for piece in pieces if piece.span]
+    assert "".join(label for label, _ in of_text) == "parseit"
+    assert of_text[0][1][0] == 2 and of_text[-1][1][1] == 10
+    assert all(piece.span is None for piece in pieces[: -len(of_text) - 1])
+    for text in ("", "  ", "\n"):
+        assert not any(piece.span for piece in ours.query_pieces(text))
+
+
+def test_half_a_surrogate_pair_is_tokenized_as_an_unknown_letter(tokenizer_file: Path) -> None:
+    ours = make_tokenizer(tokenizer_file)
+    assert ours.query_ids(["a \ud83d b"]) == ours.query_ids(["a \ufffd b"])
+    assert ours.document_ids(["\udc00\ud83d"]) == ours.document_ids(["\ufffd\ufffd"])
+    whole = ours.document_ids(["a \U0001f600 b"])
+    assert whole != ours.document_ids(["a \ufffd b"])  # a whole pair is a letter
 
 
 # Tokenizers of our own making.

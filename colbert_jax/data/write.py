@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,15 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 _BATCH_ROWS = 1024
 
+# Known by name, since a column of nothing but empty lists, or of whole numbers, tells too little.
+_TYPES = {
+    "query": pa.string(),
+    "document": pa.string(),
+    "negative": pa.list_(pa.string()),
+    "documents": pa.list_(pa.string()),
+    "scores": pa.list_(pa.float64()),
+}
+
 
 @contextlib.contextmanager
 def open_writer(path: str | Path) -> Iterator[Callable[[dict[str, Any]], None]]:
@@ -25,7 +35,7 @@ def open_writer(path: str | Path) -> Iterator[Callable[[dict[str, Any]], None]]:
       path: ends in one of `SUFFIXES`; it must not exist.
 
     Yields:
-      `write(row)`; all rows must have the same columns.
+      `write(row)`; all rows must have the same columns, of those that training rows have.
 
     Raises:
       UserError: the file exists, cannot be written or is of another kind.
@@ -41,10 +51,11 @@ def open_writer(path: str | Path) -> Iterator[Callable[[dict[str, Any]], None]]:
         partial.replace(path)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror}): mend that and run it again."
+            f"{path} cannot be written ({error.strerror or error}): mend that and run it again."
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what cannot be written now may never have been there
+            partial.unlink(missing_ok=True)
 
 
 def check_output(path: str | Path) -> None:
@@ -52,10 +63,20 @@ def check_output(path: str | Path) -> None:
     path = Path(path)
     if not path.name.endswith(SUFFIXES):
         raise UserError(f"--output={path}: its name must end in one of {', '.join(SUFFIXES)}.")
-    if path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise UserError(
+            f"--output={path} cannot be written ({error.strerror}): choose another name."
+        ) from error
+    if exists:
         raise UserError(f"--output={path} exists: remove it, or choose another name.")
     if not path.parent.is_dir():
         raise UserError(f"--output={path}: there is no folder {path.parent}; make it first.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--output={path}: you may not write to {path.parent}; choose another folder."
+        )
 
 
 @contextlib.contextmanager
@@ -76,10 +97,10 @@ def _write_parquet(partial: Path, path: Path) -> Iterator[Callable[[dict[str, An
 
     def flush() -> None:
         nonlocal writer
-        table = pa.Table.from_pylist(rows)
+        schema = pa.schema([(name, _TYPES[name]) for name in rows[0]] if rows else [])
         if writer is None:
-            writer = pq.ParquetWriter(partial, table.schema)
-        writer.write_table(table.cast(writer.schema))
+            writer = pq.ParquetWriter(partial, schema)
+        writer.write_table(pa.Table.from_pylist(rows, schema))
         rows.clear()
 
     def write(row: dict[str, Any]) -> None:

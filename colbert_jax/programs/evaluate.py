@@ -55,16 +55,20 @@ def evaluate_model(
       UserError: anything in model, data or output that the user has to mend.
     """
     check_metrics(metrics)
+    if not datasets:
+        raise UserError("--dataset is empty: name test collections, with commas between them.")
     collections = (c for name in datasets for c in open_dataset(name, split))
-    first = next(collections)  # what is wrong with the data is said before a model is read
+    first = [next(collections)]  # what is wrong with the data is said before a model is read
     folder = open_output(output)
     retriever = open_retriever(request)
     search = make_search(retriever.encoder, retriever.params)
     measured: dict[str, Results] = {}
     seen: list[Collection] = []
     facts: dict[str, dict[str, int]] = {}
+    averages: Results = {}
     with contextlib.closing(collections):
-        for collection in (first, *collections):
+        # One collection at a time is in memory, the first no longer than the others.
+        while collection := first.pop() if first else next(collections, None):
             if collection.name in measured:
                 raise UserError(
                     f"Two collections are called {collection.name!r}, and their results with "
@@ -80,6 +84,20 @@ def evaluate_model(
             measured[collection.name] = {system: found.metrics for system, found in runs.items()}
             facts[collection.name] = describe(collection)
             seen.append(Collection(collection.name, {}, {}, {}, collection.group))
+            averages = {
+                system: average(seen, {name: by[system] for name, by in measured.items()})
+                for system in runs
+            }
+            # After each, so that nothing is lost where a later one cannot be read.
+            write_json_file(
+                folder / "metrics.json",
+                {
+                    "model": retriever.name,
+                    "split": split,
+                    "metrics": averages,
+                    "collections": {n: {**facts[n], "metrics": measured[n]} for n in measured},
+                },
+            )
             logger.info(
                 "%s: %s queries, %s documents, %.1f s",
                 collection.name,
@@ -87,20 +105,6 @@ def evaluate_model(
                 f"{len(collection.documents):,}",
                 time.perf_counter() - began,
             )
-    systems = list(next(iter(measured.values())))
-    averages = {
-        system: average(seen, {name: by[system] for name, by in measured.items()})
-        for system in systems
-    }
-    write_json_file(
-        folder / "metrics.json",
-        {
-            "model": retriever.name,
-            "split": split,
-            "metrics": averages,
-            "collections": {n: {**facts[n], "metrics": measured[n]} for n in measured},
-        },
-    )
     print(printable(report(retriever, measured, averages)))
     print(printable(f"\nWritten to {folder}: metrics.json and a TREC run for each collection"))
     return averages

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from colbert_jax.data.rows import RowError, read_rows
+from colbert_jax.data.rows import RowError, is_unicode, read_rows
 from colbert_jax.data.write import check_output, open_writer
 from colbert_jax.errors import UserError, printable
 from colbert_jax.programs.retriever import ModelRequest, Retriever, open_retriever
@@ -97,9 +97,8 @@ def mine(
             counts["written"] += 1
         if not counts["written"]:
             raise UserError(
-                f"No query has {mining.negatives} documents below --margin={mining.margin} of its "
-                f"own among its first {mining.depth}: give a larger --depth or --margin, or fewer "
-                "--negatives."
+                f"No query has {mining.negatives} negatives {_among(mining)}: give a larger "
+                "--depth or --margin, or fewer --negatives."
             )
     print(printable(describe(counts, output, mining)))
     return counts
@@ -109,16 +108,23 @@ def describe(counts: Counter[str], output: str, mining: Mining) -> str:
     """What became of the rows, and how to train on them."""
     lines = [f"{output}: {counts['written']:,} rows with {mining.negatives} negatives each"]
     if counts["too_few"]:
-        lines.append(
-            f"{counts['too_few']:,} left out, which had fewer below --margin={mining.margin} of "
-            f"their own document's score among their first {mining.depth}"
-        )
+        lines.append(f"{counts['too_few']:,} left out, which had fewer {_among(mining)}")
     lines.append(
         "Train on it with configs/supervised.py "
-        f"--config.input.files=\"('{output}',)\" "
+        f"--config.input.files=\"({output!r},)\" "
         f"--config.input.max_documents={mining.negatives + 1}"
     )
     return "\n".join(lines)
+
+
+def _among(mining: Mining) -> str:
+    """Where negatives were looked for."""
+    first = f"among the first {mining.depth} other documents"
+    if mining.skip:
+        first += f", of which the first {mining.skip} are passed over"
+    if mining.margin == float("inf"):
+        return first
+    return f"below --margin={mining.margin} of their own document's score {first}"
 
 
 def read_pairs(files: Sequence[str], corpus: str | None = None) -> Pairs:
@@ -141,10 +147,15 @@ def read_pairs(files: Sequence[str], corpus: str | None = None) -> Pairs:
             place = documents.setdefault(row["documents"][0], len(documents))
             queries.setdefault(row["query"], {})[place] = None
     if not queries:
-        raise UserError(f"{', '.join(files)}: there is no row to mine for.")
+        raise UserError(f"--pairs={','.join(files)} holds no row to mine for: name other files.")
     if corpus is not None:
-        for _, text in read_documents(corpus):
-            documents.setdefault(text, len(documents))
+        for name, text in read_documents(corpus):
+            if not is_unicode(text):
+                raise UserError(
+                    f"{corpus}: the document {name!r} holds half of a surrogate pair; mend it."
+                )
+            if text.strip():  # BEIR's corpora have blank ones, which no row may hold
+                documents.setdefault(text, len(documents))
     return Pairs(list(documents), list(queries), [list(places) for places in queries.values()])
 
 

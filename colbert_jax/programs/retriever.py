@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,6 +102,8 @@ def open_retriever(request: ModelRequest) -> Retriever:
     Raises:
       UserError: no such model, one of another architecture, or a base encoder without projection.
     """
+    if not request.name.strip():
+        raise UserError("No model is named: give a run's folder, an exported folder or a hub name.")
     keep_compiled("~/.cache/colbert_jax/compiled")
     lengths = {
         key: value
@@ -153,13 +156,15 @@ def open_output(folder: str | Path) -> Path:
     """Makes an output folder.
 
     Raises:
-      UserError: it cannot be made.
+      UserError: it cannot be made, or nothing can be written to it.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UserError(
-            f"--output={folder} cannot be made ({error.strerror}): choose another."
+            f"--output={folder} cannot be written to ({error.strerror}): choose another."
         ) from error
     return folder

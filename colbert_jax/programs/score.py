@@ -1,14 +1,15 @@
 """Distillation rows, for `launch/score.py`: a teacher scores candidates, or scores are imported."""
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from colbert_jax.data.rows import RowError, check_scores, read_rows, read_table
+from colbert_jax.data.rows import RowError, check_scores, is_unicode, read_rows, read_table
 from colbert_jax.data.write import check_output, open_writer
 from colbert_jax.errors import UserError, printable
 from colbert_jax.programs.retriever import ModelRequest, Retriever, open_retriever
@@ -22,6 +23,24 @@ _ROWS = 256  # rows whose candidates are encoded together
 
 Candidates = tuple[str, list[str]]  # query, documents
 Scored = tuple[str, list[str], list[float]]  # query, documents, scores
+
+
+class Judged(NamedTuple):
+    """Scores by id, as a row of a file has them.
+
+    Attributes:
+      query: its id.
+      documents: their ids.
+      scores: as they stand in the file, unchecked.
+      whole: whether these are all of the query's candidates.
+      where: the file and the row.
+    """
+
+    query: str
+    documents: list[str]
+    scores: list[Any]
+    whole: bool
+    where: str
 
 
 def score_with_teacher(
@@ -46,7 +65,7 @@ def score_with_teacher(
     check_output(output)
     first = next(read_candidates(files), None)  # said before a model is read
     if first is None:
-        raise UserError(f"{', '.join(files)}: there is no row to score.")
+        raise UserError(f"--rows={','.join(files)} holds no row to score: name other files.")
     retriever = open_retriever(request)
     rows = _scored(retriever, _keep(read_candidates(files), candidates))
     return write_rows(rows, output, candidates)
@@ -70,6 +89,8 @@ def import_scores(
       documents: where ids are given, the documents as in BEIR's `corpus.jsonl`.
       candidates: how many of each row to keep, its best; rows with fewer are left out. 0 keeps all.
 
+    Of a document that comes twice in a row, the better score counts.
+
     Raises:
       UserError: anything in the files that the user has to mend.
     """
@@ -81,7 +102,7 @@ def import_scores(
         return write_rows(_best(_read_scored_texts(scores), candidates), output, candidates)
     texts_of_queries = dict(read_documents(queries))
     texts_of_documents = dict(read_documents(documents))
-    rows = _with_texts(_read_scored_ids(scores), texts_of_queries, texts_of_documents)
+    rows = _with_texts(_read_judged(scores), texts_of_queries, texts_of_documents)
     return write_rows(_best(rows, candidates), output, candidates)
 
 
@@ -107,10 +128,11 @@ def write_rows(rows: Iterable[Scored], output: str, candidates: int) -> Counter[
     each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     lines = [f"{output}: {counts['written']:,} rows with {each} scored candidates each"]
     if counts["too_few"]:
-        lines.append(f"{counts['too_few']:,} left out, which had fewer than {candidates}")
+        fewest_wanted = max(candidates, 1)
+        lines.append(f"{counts['too_few']:,} left out, which had fewer than {fewest_wanted}")
     lines.append(
         "Train on it with configs/distill.py "
-        f"--config.input.files=\"('{output}',)\" --config.input.max_documents={fewest}"
+        f"--config.input.files=\"({output!r},)\" --config.input.max_documents={fewest}"
     )
     print(printable("\n".join(lines)))
     return counts
@@ -123,20 +145,30 @@ def read_candidates(files: Sequence[str]) -> Iterator[Candidates]:
       UserError: a file or a row that cannot be used.
     """
     for path in files:
-        if _has_columns(path, {"query", "documents"}):
-            for number, record in _table(path, ("query", "documents")):
-                query, documents = record["query"], record["documents"]
-                texts = [query, *documents] if isinstance(documents, list) else [None]
-                if len(texts) < 2 or not all(isinstance(t, str) and t.strip() for t in texts):
-                    raise UserError(
-                        f"{path}, row {number}: query must be a text and documents a list of texts."
-                    )
-                yield query, documents
+        layouts = (("query", "documents"), ("query", "pos", "neg"))
+        layout = next((names for names in layouts if _has_columns(path, set(names))), None)
+        if layout is not None:
+            yield from _read_lists(path, *layout)
             continue
         for number, row in read_rows(path):
             if isinstance(row, RowError):
                 raise UserError(f"{path}, row {number}: {row}.")
             yield row["query"], row["documents"]
+
+
+def _read_lists(path: str, query: str, *lists: str) -> Iterator[Candidates]:
+    """Rows whose candidates stand in lists, of which the first must hold some."""
+    for number, record in _table(path, (query, *lists)):
+        found = [record[name] for name in lists]
+        if not all(isinstance(texts, list) for texts in found) or not found[0]:
+            raise UserError(f"{path}, row {number}: {lists[0]} must be a list of texts.")
+        documents = [text for texts in found for text in texts]
+        if not all(map(_is_text, (record[query], *documents))):
+            raise UserError(
+                f"{path}, row {number}: {query} must be a text and {' and '.join(lists)} must hold "
+                "texts, none of them blank."
+            )
+        yield record[query], documents
 
 
 def _keep(rows: Iterable[Candidates], candidates: int) -> Iterator[Candidates]:
@@ -170,11 +202,22 @@ def _score(retriever: Retriever, rows: Sequence[Candidates]) -> Iterator[Scored]
     pairs = [(i, places[text]) for i, (_, documents) in enumerate(rows) for text in documents]
     scores = iter(score_pairs(queries, index, pairs, retriever.mesh).tolist())
     for query, documents in rows:
-        yield query, documents, [next(scores) for _ in documents]
+        of_row = [next(scores) for _ in documents]
+        if not all(map(math.isfinite, of_row)):
+            raise UserError(
+                f"The teacher {retriever.name} gives {query[:80]!r} a score that is no number: use "
+                "another model, or another of its checkpoints."
+            )
+        yield query, documents, of_row
 
 
 def _read_scored_texts(files: Sequence[str]) -> Iterator[Scored]:
     for path in files:
+        if _has_columns(path, {"query_id"}) or _has_columns(path, {"query-id"}):
+            raise UserError(
+                f"{path} holds ids, no texts: name the files that have these with --queries and "
+                "--documents."
+            )
         for number, row in read_rows(path):
             if isinstance(row, RowError):
                 raise UserError(f"{path}, row {number}: {row}.")
@@ -185,54 +228,68 @@ def _read_scored_texts(files: Sequence[str]) -> Iterator[Scored]:
             yield row["query"], row["documents"], row["scores"]
 
 
-def _read_scored_ids(files: Sequence[str]) -> Iterator[tuple[str, list[str], list[float], str]]:
-    """`(query id, document ids, scores, where)`; single judgements are gathered by query."""
-    gathered: dict[str, tuple[list[str], list[float], str]] = {}
+def _read_judged(files: Sequence[str]) -> Iterator[Judged]:
     for path in files:
         if _has_columns(path, {"query_id", "document_ids", "scores"}):
             for number, record in _table(path, ("query_id", "document_ids", "scores")):
-                ids, where = record["document_ids"], f"{path}, row {number}"
-                if not isinstance(ids, list) or not isinstance(record["scores"], list):
-                    raise UserError(f"{where}: document_ids and scores must be lists.")
-                yield _name(record["query_id"]), list(map(_name, ids)), record["scores"], where
+                ids, scores, where = record["document_ids"], record["scores"], f"row {number}"
+                if not isinstance(ids, list) or not isinstance(scores, list):
+                    raise UserError(f"{path}, {where}: document_ids and scores must be lists.")
+                names = [str(name) for name in ids]
+                yield Judged(str(record["query_id"]), names, scores, True, f"{path}, {where}")
             continue
         query_id, document_id = _judgement_columns(path)
         for number, record in _table(path, (query_id, document_id, "score")):
+            names = [str(record[document_id])]
             where = f"{path}, row {number}"
-            ids, scores, _ = gathered.setdefault(_name(record[query_id]), ([], [], where))
-            ids.append(_name(record[document_id]))
-            scores.append(record["score"])
-    for query, (ids, scores, where) in gathered.items():
-        yield query, ids, scores, where
+            yield Judged(str(record[query_id]), names, [record["score"]], False, where)
 
 
 def _with_texts(
-    rows: Iterable[tuple[str, list[str], list[float], str]],
-    queries: dict[str, str],
-    documents: dict[str, str],
+    rows: Iterable[Judged], queries: Mapping[str, str], documents: Mapping[str, str]
 ) -> Iterator[Scored]:
-    for query_id, ids, scores, where in rows:
-        if query_id not in queries:
-            raise UserError(f"{where}: the query {query_id!r} is not in --queries; add it.")
-        for document_id in ids:
-            if document_id not in documents:
-                raise UserError(
-                    f"{where}: the document {document_id!r} is not in --documents; add it."
-                )
+    """Checks ids and scores, and puts texts in their place; single judgements come last."""
+    gathered: dict[str, tuple[list[str], list[float]]] = {}
+    for row in rows:
+        _check_text(row.query, "query", queries, row.where)
+        for name in row.documents:
+            _check_text(name, "document", documents, row.where)
         try:
-            checked = check_scores(scores, len(ids))
+            scores = check_scores(row.scores, len(row.documents))
         except RowError as error:
-            raise UserError(f"{where}: {error}.") from error
-        yield queries[query_id], [documents[name] for name in ids], checked
+            raise UserError(f"{row.where}: {error}.") from error
+        if row.whole:
+            yield queries[row.query], [documents[name] for name in row.documents], scores
+        else:
+            ids, of_query = gathered.setdefault(row.query, ([], []))
+            ids += row.documents
+            of_query += scores
+    for query, (ids, of_query) in gathered.items():
+        yield queries[query], [documents[name] for name in ids], of_query
+
+
+def _check_text(name: str, kind: str, texts: Mapping[str, str], where: str) -> None:
+    flag = {"query": "--queries", "document": "--documents"}[kind]
+    if name not in texts:
+        raise UserError(f"{where}: the {kind} {name!r} is not in {flag}; add it.")
+    if not _is_text(texts[name]):
+        raise UserError(f"{where}: the {kind} {name!r} has no text in {flag}; give it one.")
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a row may hold it."""
+    return isinstance(value, str) and bool(value.strip()) and is_unicode(value)
 
 
 def _best(rows: Iterable[Scored], candidates: int) -> Iterator[Scored]:
     for query, documents, scores in rows:
-        if not candidates or len(documents) <= candidates:
-            yield query, documents, scores
-            continue
-        order = sorted(range(len(scores)), key=lambda i: -scores[i])[:candidates]
-        yield query, [documents[i] for i in order], [scores[i] for i in order]
+        best: dict[str, float] = {}
+        for text, score in zip(documents, scores, strict=True):
+            best[text] = max(score, best.get(text, score))
+        kept = list(best)
+        if candidates and len(kept) > candidates:
+            kept = sorted(kept, key=lambda text: -best[text])[:candidates]
+        yield query, kept, [best[text] for text in kept]
 
 
 def _judgement_columns(path: str) -> tuple[str, str]:
@@ -266,6 +323,3 @@ def _table(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, A
             raise UserError(f"{Path(path)}, row {number}: it has no {' and no '.join(lacking)}.")
         yield number, record
 
-
-def _name(value: Any) -> str:
-    return value if isinstance(value, str) else str(value)

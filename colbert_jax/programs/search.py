@@ -1,6 +1,8 @@
 """Searches a corpus, for `launch/search.py`."""
 
+import io
 import logging
+import re
 import sys
 import textwrap
 import time
@@ -13,7 +15,7 @@ from colbert_jax.errors import UserError, printable
 from colbert_jax.programs.retriever import ModelRequest, Retriever, file_digest, open_retriever
 from colbert_jax.retrieval.collection import read_documents
 from colbert_jax.retrieval.explain import explain, mark_words
-from colbert_jax.retrieval.index import Index, build_index, open_index
+from colbert_jax.retrieval.index import Index, build_index, is_finished, open_index
 from colbert_jax.retrieval.search import top_k
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ def search_corpus(
       corpus: a file in the layout of BEIR's `corpus.jsonl`, gzipped or not.
       queries: texts.
       interactive: whether queries are read from the user until he leaves.
-      k: passages for each.
+      k: passages for each; of fewer documents, all.
       index: a folder that keeps the encoded corpus; None keeps it in memory.
       index_dtype: how embeddings are kept.
 
@@ -50,14 +52,12 @@ def search_corpus(
         raise UserError("--query is empty: write what to search for, or give --interactive.")
     if not Path(corpus).is_file():
         raise UserError(f"--corpus={corpus}: there is no such file.")
-    next(read_documents(corpus))  # what is wrong with the file is said before a model is read
+    # What is wrong with the file is said before a model is read and hours are spent on encoding.
+    count = None
+    if index is None or not is_finished(index):
+        count = sum(1 for _ in read_documents(corpus))
     retriever = open_retriever(request)
-    found = load_index(retriever, corpus, index, index_dtype)
-    if k > len(found):
-        raise UserError(
-            f"--k={k} is more than the {len(found)} documents of {corpus}: give at most "
-            f"--k={len(found)}."
-        )
+    found = load_index(retriever, corpus, index, index_dtype, count)
     for query in queries:
         print_answer(retriever, found, query, k)
     if interactive:
@@ -66,11 +66,15 @@ def search_corpus(
 
 
 def load_index(
-    retriever: Retriever, corpus: str, folder: str | None, dtype: str = "bfloat16"
+    retriever: Retriever,
+    corpus: str,
+    folder: str | None,
+    dtype: str = "bfloat16",
+    count: int | None = None,
 ) -> Index:
-    """Encodes a corpus, or opens what was encoded before."""
+    """Encodes a corpus, of `count` documents, or opens what was encoded before."""
     began = time.perf_counter()
-    with tqdm(desc="encode", unit="document", disable=None, leave=False) as bar:
+    with tqdm(total=count, desc="encode", unit="document", disable=None, leave=False) as bar:
         if folder is None:
             documents = read_documents(corpus)
             index = build_index(retriever.encoder, retriever.params, documents, dtype, bar.update)
@@ -101,6 +105,8 @@ def load_index(
 def ask() -> Iterator[str]:
     """Queries that the user types, until an empty line or the end of the input."""
     shown = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # what is no text is no reason to end
     while True:
         if shown:
             print("\nquery (empty to leave): ", end="", flush=True)
@@ -141,8 +147,8 @@ def passage(text: str, spans: Sequence[tuple[int, int]], colour: bool) -> str:
     before, after = (_BOLD, _PLAIN) if colour else ("[[", "]]")
     words: list[str] = []
     for piece, marked in mark_words(shown, inside):
-        clean = " ".join(printable(piece).split()) if marked else printable(piece)
-        words.append(f"{before}{clean}{after}" if marked and clean else clean)
+        clean = printable(re.sub(r"\s+", " ", piece))
+        words.append(f"{before}{clean}{after}" if marked and clean.strip() else clean)
     head = "… " if start else ""
     tail = " …" if start + SNIPPET < len(text) else ""
     joined = head + "".join(words) + tail

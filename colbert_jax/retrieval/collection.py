@@ -90,7 +90,7 @@ def read_documents(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
 def _parse_row(where: str, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON ({error}); mend or remove the line") from error
     if not isinstance(row, dict):
         raise UserError(

@@ -1,7 +1,7 @@
 """Test collections by name: BEIR folders, NanoBEIR and BEIR on the Hugging Face Hub."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Collection as Names
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -67,7 +67,7 @@ def open_dataset(
       UserError: there is no such data set, or something in it cannot be used.
     """
     hub = hub or Hub()
-    if Path(name).is_dir():
+    if name.strip() and Path(name).is_dir():
         yield from _open_folder(Path(name), split or "test")
     elif name.lower() == "nanobeir":
         for part, dataset in NANO_BEIR.items():
@@ -124,7 +124,7 @@ def _read_hub(
         found = [file for file in files if _belongs(file, part)]
         if not found:
             raise UserError(f"{dataset} on the hub has no {part} as Parquet or JSON Lines.")
-        for file in sorted(found):
+        for file in _of_one_format(found):
             yield from _rows(hub.fetch(dataset, commit, file), choose)
 
     documents = dict(_texts(table("corpus", _text_columns), f"{dataset}, corpus"))
@@ -150,27 +150,54 @@ def _read_qrels(hub: Hub, dataset: str, split: str) -> dict[str, dict[str, int]]
     if not found:
         raise UserError(f"{dataset} on the hub has no judgements of the split {split!r}.")
     qrels: dict[str, dict[str, int]] = {}
-    for file in sorted(found):
-        for row in _judgements(hub.fetch(dataset, commit, file)):
+    for file in _of_one_format(found):
+        for row in _judgements(hub.fetch(dataset, commit, file), f"{dataset}, {file}"):
             # NanoBEIR's have no score: what is listed is relevant.
-            relevance = int(row.get("score", 1))
+            relevance = _relevance(row.get("score", 1), f"{dataset}, {file}")
             qrels.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = relevance
     return qrels
 
 
-def _judgements(path: Path) -> Iterator[Mapping[str, Any]]:
-    if path.suffix == ".tsv":
-        lines = path.read_text(encoding="utf-8").splitlines()
-        names = lines[0].split("\t")
-        yield from (dict(zip(names, line.split("\t"), strict=True)) for line in lines[1:] if line)
-        return
+def _of_one_format(files: Sequence[str]) -> list[str]:
+    """The files to read, sorted; the hub may hold the same rows in two formats."""
+    first = next(e for e in (".parquet", ".tsv", "") if any(file.endswith(e) for file in files))
+    return sorted(file for file in files if file.endswith(first))
 
+
+def _relevance(score: Any, where: str) -> int:
+    try:
+        relevance = int(score)
+        whole = float(score) == relevance
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        raise UserError(f"{where} has the relevance {score!r}, which is no whole number.")
+    return relevance
+
+
+def _judgements(path: Path, where: str) -> Iterator[Mapping[str, Any]]:
     def choose(found: Names[str]) -> list[str]:
         if not {"query-id", "corpus-id"} <= set(found):
-            raise RowError(f"the columns found are {', '.join(found)}; query-id is wanted")
+            raise RowError(
+                f"the columns found are {', '.join(found)}; query-id and corpus-id are wanted"
+            )
         return [name for name in ("query-id", "corpus-id", "score") if name in found]
 
-    yield from _rows(path, choose)
+    if path.suffix != ".tsv":
+        yield from _rows(path, choose)
+        return
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        names = next(file, "").rstrip("\r\n").split("\t")
+        try:
+            choose(names)
+        except RowError as error:
+            raise UserError(f"{where}: {error}.") from error
+        for number, line in enumerate(file, 2):
+            fields = line.rstrip("\r\n").split("\t")
+            if len(fields) == len(names):
+                yield dict(zip(names, fields, strict=True))
+            elif line.strip():
+                raise UserError(f"{where}, line {number}, is not a judgement.")
 
 
 def _texts(rows: Iterable[Mapping[str, Any]], where: str) -> Iterator[tuple[str, str]]:

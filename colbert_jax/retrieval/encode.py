@@ -87,8 +87,14 @@ class Encoder:
             for x in jax.tree.leaves(params)
         ):
             return params
+
+        def movable(x: Any) -> Any:
+            # No program takes arrays of other devices, such as a checkpoint's, read on the first.
+            here = isinstance(x, jax.Array) and x.sharding.device_set == wanted.device_set
+            return x if here else np.asarray(x)
+
         with jax.set_mesh(self.mesh):
-            return self._whole(params)
+            return self._whole(jax.tree.map(movable, params))
 
     def queries(self, params: Params, texts: Sequence[str]) -> Queries:
         """Encodes queries, in their order.
@@ -97,7 +103,7 @@ class Encoder:
           Embeddings and masks on the host, float32 and bool.
         """
         tokens = self.tokenizer.queries(texts)
-        size = self.block_size
+        size = self._rows(len(texts))
         parts = []
         for start in range(0, len(texts), size):
             names = ("input_ids", "attention_mask")
@@ -115,7 +121,8 @@ class Encoder:
           texts: the corpus, read `CHUNK` texts at a time.
 
         Yields:
-          Blocks of `block_size` documents, whose positions say where in `texts` they stand.
+          Blocks of `block_size` documents, or of fewer where the texts are few, whose positions
+          say where in `texts` they stand.
         """
         texts = iter(texts)
         start = 0
@@ -127,14 +134,25 @@ class Encoder:
         ids = self.tokenizer.document_ids(texts)
         sizes = np.fromiter(map(len, ids), np.int64, len(ids))
         order = np.argsort(sizes, kind="stable")
-        for first in range(0, len(order), self.block_size):
-            rows = order[first : first + self.block_size]
+        size = self._rows(len(order))
+        for first in range(0, len(order), size):
+            rows = order[first : first + size]
             width = next(length for length in self.lengths if length >= sizes[rows].max())
             tokens = self.tokenizer.document_batch([ids[row] for row in rows], width)
             names = ("input_ids", "attention_mask", "scoring_mask")
-            arrays = [pad_rows(tokens[name], self.block_size) for name in names]
+            arrays = [pad_rows(tokens[name], size) for name in names]
             embeddings = self._encode(params, *arrays[:2])
             yield Block(rows + start, embeddings, put_batch(arrays[2], self.mesh))
+
+    def _rows(self, count: int) -> int:
+        """Texts that are encoded at a time, the padding of a few kept small.
+
+        One query, or the passages of an answer, need not cost what a whole block does; each size is
+        a compilation, so that there are few of them.
+        """
+        shards = batch_shards(self.mesh)
+        each = max(-(-count // shards), 1)
+        return min(self.block_size, shards * 2 ** (each - 1).bit_length())
 
     def _encode(self, params: Params, ids: np.ndarray, attention: np.ndarray) -> Any:
         with jax.set_mesh(self.mesh):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 
@@ -37,7 +38,9 @@ def evaluate(
     document's, as in ArguAna) does not find itself, as in BEIR's own evaluation.
     """
     documents = collection.documents
-    own = {q for q, text in collection.queries.items() if q in documents and text in documents[q]}
+    own = {
+        q for q, text in collection.queries.items() if text.strip() and text in documents.get(q, "")
+    }
     run = search(collection.queries, documents, DEPTH + bool(own))
     for query_id in run:
         hits = run[query_id].items()
@@ -79,7 +82,7 @@ def write_trec_run(run: Run, tag: str) -> str:
     """
 
     def word(name: str) -> str:
-        return "".join(f"%{ord(c):02X}" if c.isspace() or c == "%" else c for c in name)
+        return "".join(quote(c) if c.isspace() or c == "%" else c for c in name)
 
     def plain(name: str) -> str:
         return word(name) if any(c.isspace() for c in name) else name

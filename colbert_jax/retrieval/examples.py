@@ -71,7 +71,12 @@ def _example(
     hits = run.get(query_id, {})
     ranks = {document_id: rank for rank, document_id in enumerate(hits, 1)}
     shown = list(hits)[:SHOWN]
-    relevant = [d for d, relevance in judged.items() if relevance > 0 and d not in shown]
+    relevant = [
+        d
+        for d, relevance in judged.items()
+        # BEIR judges some documents that it does not have.
+        if relevance > 0 and d not in shown and d in collection.documents
+    ]
     # The best-placed answer that the first places lack, or one that was not found at all.
     shown += sorted(relevant, key=lambda d: (ranks.get(d, len(ranks) + 1), d))[:1]
     texts = [collection.documents[document_id] for document_id in shown]

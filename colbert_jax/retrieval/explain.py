@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import jax
@@ -99,7 +100,9 @@ def mark_words(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, b
     marked = np.zeros(len(text) + 1, bool)
     for start, end in spans:
         marked[start:end] = True
-    for word in re.finditer(r"\w+", text):
+    # Accents and vowel signs that stand as letters of their own are of the word before them.
+    letters = text if text.isascii() else "".join(map(_as_letter, text))
+    for word in re.finditer(r"\w+", letters):
         if marked[word.start() : word.end()].any():
             marked[word.start() : word.end()] = True
     edges = np.flatnonzero(marked[1:-1] != marked[:-2]) + 1 if text else np.zeros(0, np.int64)
@@ -109,3 +112,7 @@ def mark_words(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, b
         for start, end in itertools.pairwise(bounds)
         if end > start
     ]
+
+
+def _as_letter(mark: str) -> str:
+    return "x" if unicodedata.category(mark).startswith("M") else mark

@@ -1,4 +1,4 @@
-"""A corpus encoded once: token embeddings on the host or in memory-mapped files.
+"""A corpus encoded once: token embeddings in the host's memory or in files.
 
 Only tokens that MaxSim may use are kept, document after document, as bfloat16, as int8 with a scale
 for each token, or as float32. A shard holds `CHUNK` documents, in the order of their lengths, so
@@ -8,10 +8,12 @@ whole or not at all, and building goes on at the first that is missing.
 Shape letters: M tokens of a shard, N documents of a shard, D embedding size.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,6 +43,50 @@ _FINISHED = "finished.json"
 _FORMAT = 1
 
 
+class Stored:
+    """Rows of an array in a file, read when they are asked for.
+
+    No file stays open, as a memory map's would: an index of millions of documents has more shards
+    than a process may have files open.
+    """
+
+    def __init__(self, path: Path, dtype: Any):
+        """Reads the file's header.
+
+        Raises:
+          ValueError: the file is damaged, or holds something else than `x[row, dim]` or `x[row]`.
+          OSError: it cannot be read.
+        """
+        # NumPy's files know no bfloat16; its bits are kept.
+        kept = np.dtype(np.uint16 if dtype == ml_dtypes.bfloat16 else dtype)
+        try:
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        except EOFError as error:
+            raise ValueError(f"{path.name} is empty") from error
+        if mapped.dtype != kept or mapped.ndim not in (1, 2):
+            raise ValueError(f"{path.name} holds something else")
+        self._path = path
+        self._offset: int = mapped.offset
+        self._kept = kept
+        self.dtype = np.dtype(dtype)
+        self.shape: tuple[int, ...] = mapped.shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole array."""
+        return math.prod(self.shape) * self._kept.itemsize
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        begin, end, _ = rows.indices(len(self))
+        of_row = math.prod(self.shape[1:])
+        offset = self._offset + begin * of_row * self._kept.itemsize
+        flat = np.fromfile(self._path, self._kept, (end - begin) * of_row, offset=offset)
+        return flat.reshape(-1, *self.shape[1:]).view(self.dtype)
+
+
 class Shard(NamedTuple):
     """Some documents' token embeddings; documents stand in the order of their lengths.
 
@@ -55,8 +101,8 @@ class Shard(NamedTuple):
 
     positions: Int[np.ndarray, "N"]
     lengths: Int[np.ndarray, "N"]
-    embeddings: Num[np.ndarray, "M D"]
-    scales: Float[np.ndarray, "M"] | None
+    embeddings: Num[np.ndarray, "M D"] | Stored
+    scales: Float[np.ndarray, "M"] | Stored | None
     ids: list[str]
     texts: Callable[[int], str]
 
@@ -201,9 +247,8 @@ def build_index(
     shards: list[Shard] = []
     start = 0
     for chunk in _chunks(documents):
-        shards.append(_encode_shard(encoder, params, chunk, start, dtype))
+        shards.append(_encode_shard(encoder, params, chunk, start, dtype, progress))
         start += len(chunk)
-        progress(len(chunk))
     return Index(shards, encoder.tokenizer.config.document_length)
 
 
@@ -229,34 +274,63 @@ def open_index(
         there before too.
 
     Raises:
-      UserError: the folder holds something else, or an index of another model, corpus or dtype.
+      UserError: the folder holds something else, or an index of another model, corpus or dtype, or
+        it cannot be written.
     """
     folder = Path(folder)
     width = encoder.tokenizer.config.document_length
-    plan = {"format": _FORMAT, "dtype": dtype, "shard": CHUNK, **origin}
+    plan = {
+        "format": _FORMAT,
+        "dtype": dtype,
+        "shard": CHUNK,
+        "document_length": width,
+        **origin,
+    }
     _check_plan(folder, plan)
-    if not (folder / _FINISHED).is_file():
+    if not is_finished(folder):
         start = count = 0
         for number, chunk in enumerate(_chunks(documents())):
             part = folder / _shard_name(number)
-            if not part.is_dir():
-                _write_shard(part, _encode_shard(encoder, params, chunk, start, dtype), chunk)
+            if part.is_dir():
+                progress(len(chunk))
+            else:
+                shard = _encode_shard(encoder, params, chunk, start, dtype, progress)
+                with _said_of(folder):
+                    _write_shard(part, shard, chunk)
             start += len(chunk)
             count += 1
-            progress(len(chunk))
-        _write_json(folder / _FINISHED, {"documents": start, "shards": count})
+        with _said_of(folder):
+            _write_json(folder / _FINISHED, {"documents": start, "shards": count})
     try:
-        count = json.loads((folder / _FINISHED).read_text(encoding="utf-8"))["shards"]
+        finished = json.loads((folder / _FINISHED).read_text(encoding="utf-8"))
         starts = itertools.count(0, CHUNK)
         shards = [
             _read_shard(folder / _shard_name(i), dtype, start)
-            for i, start in zip(range(count), starts, strict=False)
+            for i, start in zip(range(finished["shards"]), starts, strict=False)
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if sum(len(shard.ids) for shard in shards) != finished["documents"]:
+            raise ValueError("documents are missing")
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise UserError(
             f"{folder} is a damaged index ({error}): remove the folder and build it again."
         ) from error
     return Index(shards, width)
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Whether a folder is an index to which nothing is left to add."""
+    return (Path(folder) / _FINISHED).is_file()
+
+
+@contextlib.contextmanager
+def _said_of(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): make room and start again, which goes "
+            "on from here."
+        ) from error
 
 
 def fingerprint(params: Params, tokenizer: ColbertTokenizer) -> str:
@@ -287,7 +361,12 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _encode_shard(
-    encoder: Encoder, params: Params, chunk: Sequence[Document], start: int, dtype: str
+    encoder: Encoder,
+    params: Params,
+    chunk: Sequence[Document],
+    start: int,
+    dtype: str,
+    progress: Callable[[int], object],
 ) -> Shard:
     texts = [text for _, text in chunk]
     positions, lengths, kept, scales = [], [], [], []
@@ -301,6 +380,7 @@ def _encode_shard(
         kept.append(embeddings.astype(DTYPES[dtype]))
         positions.append(block.positions)
         lengths.append(mask.sum(axis=1))
+        progress(count)
     # Without what never scores, lengths are no longer quite in order.
     of_documents = np.concatenate(lengths)
     order = np.argsort(of_documents, kind="stable")
@@ -332,13 +412,12 @@ def _write_shard(folder: Path, shard: Shard, chunk: Sequence[Document]) -> None:
     building = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
-    # NumPy's files know no bfloat16; its bits are kept.
-    embeddings = shard.embeddings
+    embeddings = shard.embeddings[:]
     if embeddings.dtype == ml_dtypes.bfloat16:
         embeddings = embeddings.view(np.uint16)
     np.save(building / "embeddings.npy", embeddings)
     if shard.scales is not None:
-        np.save(building / "scales.npy", shard.scales)
+        np.save(building / "scales.npy", shard.scales[:])
     np.save(building / "positions.npy", shard.positions)
     np.save(building / "lengths.npy", shard.lengths)
     encoded = [text.encode("utf-8", "surrogatepass") for _, text in chunk]
@@ -351,25 +430,25 @@ def _write_shard(folder: Path, shard: Shard, chunk: Sequence[Document]) -> None:
 
 def _read_shard(folder: Path, dtype: str, start: int) -> Shard:
     def load(name: str) -> np.ndarray:
-        return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        return np.load(folder / f"{name}.npy", allow_pickle=False)
 
-    embeddings = load("embeddings")
-    if dtype == "bfloat16":
-        embeddings = embeddings.view(ml_dtypes.bfloat16)
+    embeddings = Stored(folder / "embeddings.npy", DTYPES[dtype])
+    scales = Stored(folder / "scales.npy", np.float32) if dtype == "int8" else None
     ends = load("text_ends")
     shard = Shard(
         positions=load("positions"),
         lengths=load("lengths"),
         embeddings=embeddings,
-        scales=load("scales") if dtype == "int8" else None,
+        scales=scales,
         ids=json.loads((folder / "ids.json").read_text(encoding="utf-8")),
         texts=functools.partial(_read_text, folder / "texts.bin", ends),
     )
     count = len(shard.ids)
     whole = (
-        embeddings.dtype == DTYPES[dtype]
-        and len(shard.positions) == len(shard.lengths) == len(ends) - 1 == count
+        len(shard.positions) == len(shard.lengths) == len(ends) - 1 == count
         and len(embeddings) == shard.lengths.sum()
+        and (scales is None or len(scales) == len(embeddings))
+        and (folder / "texts.bin").stat().st_size == ends[-1]
         and np.array_equal(np.sort(shard.positions), np.arange(start, start + count))
     )
     if not whole:
@@ -387,7 +466,8 @@ def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
     """Makes the index's folder, or makes sure that it is one of the same plan."""
     path = folder / _PLAN
     try:
-        if folder.is_dir() and any(folder.iterdir()):
+        begun = f"{_PLAN}.partial"  # all that there is where the first file was being written
+        if folder.is_dir() and any(item.name != begun for item in folder.iterdir()):
             was = json.loads(path.read_text(encoding="utf-8"))
         else:
             folder.mkdir(parents=True, exist_ok=True)

@@ -45,9 +45,19 @@ def evaluate_run(
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
-    """Raises `UserError` where ir_measures does not know a metric."""
+    """Raises `UserError` where there is no metric, or one that cannot be computed here."""
+    if not metrics:
+        raise UserError("there is no metric to compute; name some, such as nDCG@10")
     for name in metrics:
-        _parse(name)
+        measure = _parse(name)
+        try:  # some want a program that is not here, or an argument
+            list(ir_measures.iter_calc([measure], {"q": {"d": 1}}, {"q": {"d": 1.0}}))
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise UserError(
+                f"the metric {name!r} cannot be computed here ({reason}); use another, such as "
+                "nDCG@10"
+            ) from error
 
 
 def evaluate_queries(
@@ -81,4 +91,7 @@ def _parse(name: str) -> ir_measures.Measure:
             f"the metric {name!r} is not known; use a name of ir_measures, such as nDCG@10, "
             "MRR@10, Recall@100 or MAP"
         ) from error
+    cutoff = measure.params.get("cutoff", 1)
+    if not isinstance(cutoff, int) or cutoff < 1:  # trec_eval would end the whole program
+        raise UserError(f"the metric {name!r} looks at no document; give a whole number after @")
     return measure

@@ -59,10 +59,12 @@ def top_k(
     ranks = np.empty(len(ids), np.int32)
     ranks[by_id] = np.arange(len(ids), dtype=np.int32)
     count = len(queries.embeddings)
+    if not count:
+        return []
     size = min(QUERY_CHUNK, count)
     chunks = [
         [put_whole(pad_rows(x[i : i + size], size), mesh) for x in queries]
-        for i in range(0, count, size or 1)
+        for i in range(0, count, size)
     ]
     shards = batch_shards(mesh)
     best = [
@@ -80,11 +82,10 @@ def top_k(
         documents = (*(put_batch(x, mesh) for x in block[1:]), put_batch(rank, mesh))
         for index, chunk in enumerate(chunks):
             best[index] = update(*best[index], *chunk, *documents)
-        if best:
-            # A host that runs ahead of its devices would fill their memory with blocks.
-            pending.append(best[-1][0])
-            if len(pending) > 2:
-                pending.popleft().block_until_ready()
+        # A host that runs ahead of its devices would fill their memory with blocks.
+        pending.append(best[-1][0])
+        if len(pending) > 2:
+            pending.popleft().block_until_ready()
     merge = _make_merge(mesh, k)
     found: list[dict[str, float]] = []
     for scores, places in (jax.device_get(merge(*shares)) for shares in best):

@@ -1,7 +1,9 @@
+import gzip
+
 import pytest
 
 from colbert_jax.errors import UserError
-from colbert_jax.retrieval.collection import Collection, read_beir
+from colbert_jax.retrieval.collection import Collection, read_beir, read_documents
 
 CORPUS = """\
 {"_id": "d1", "title": "Apples", "text": "grow on trees"}
@@ -82,3 +84,49 @@ def test_text_that_is_not_utf8_is_the_users_error(folder):
     (folder / "corpus.jsonl").write_bytes(b'{"_id": "1", "text": "\xe9"}')
     with pytest.raises(UserError, match=r"corpus\.jsonl, line 1"):
         read_beir(folder)
+
+
+def test_json_without_end_is_the_users_error(folder):
+    (folder / "corpus.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"corpus\.jsonl, line 1, is not valid JSON"):
+        read_beir(folder)
+
+
+# --- documents alone ---
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.jsonl.gz", "some.text"])
+def test_documents_are_read_line_by_line(tmp_path, name):
+    path = tmp_path / name
+    data = (CORPUS + "{").encode()
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    documents = read_documents(path)
+    assert next(documents) == ("d1", "Apples grow on trees")
+    assert next(documents) == ("d2", "Pears do too.")
+    assert next(documents)[0] == "d3"
+    with pytest.raises(UserError, match=f"{name}, line 5, is not valid JSON"):
+        next(documents)
+
+
+def test_damaged_gzip_is_the_users_error(tmp_path):
+    path = tmp_path / "corpus.jsonl.gz"
+    for data in (b"no gzip", gzip.compress(CORPUS.encode())[:-20]):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="truncated or damaged gzip"):
+            list(read_documents(path))
+
+
+def test_texts_of_every_kind_are_read(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"_id": " a ", "text": ""}\r\n'
+        b'{"_id": "\\u65e5", "title": null, "text": "\\ud83d and \\n"}\n'
+        b'{"_id": "c", "title": "T", "text": "", "url": 3}'
+    )
+    assert list(read_documents(path)) == [(" a ", ""), ("\u65e5", "\ud83d and \n"), ("c", "T ")]
+
+
+def test_a_folder_or_nothing_is_no_file_of_documents(tmp_path):
+    for path in (tmp_path, tmp_path / "none.jsonl"):
+        with pytest.raises(UserError, match="cannot be read"):
+            list(read_documents(path))

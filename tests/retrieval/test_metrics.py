@@ -1,9 +1,15 @@
 import math
+import re
 
 import pytest
 
 from colbert_jax.errors import UserError
-from colbert_jax.retrieval.metrics import evaluate_run
+from colbert_jax.retrieval.metrics import (
+    DEFAULT_METRICS,
+    check_metrics,
+    evaluate_queries,
+    evaluate_run,
+)
 
 QRELS = {"q1": {"a": 2, "b": 1, "c": 0}, "q2": {"d": 1}}
 
@@ -37,8 +43,8 @@ def test_cutoffs_are_kept():
 
 @pytest.mark.parametrize("run", [{"q2": {"d": 1.0}}, {"q1": {}, "q2": {"d": 1.0}}])
 def test_judged_queries_without_results_count_as_zero(run):
-    assert evaluate_run(QRELS, run) == {"nDCG@10": 0.5, "MRR@10": 0.5, "Recall@100": 0.5}
-    assert evaluate_run(QRELS, {}) == {"nDCG@10": 0, "MRR@10": 0, "Recall@100": 0}
+    assert evaluate_run(QRELS, run) == dict.fromkeys(DEFAULT_METRICS, 0.5)
+    assert evaluate_run(QRELS, {}) == dict.fromkeys(DEFAULT_METRICS, 0.0)
 
 
 def test_queries_without_judgements_do_not_count():
@@ -68,10 +74,34 @@ def test_nan_scores_count_as_not_found():
     assert set(evaluate_run({"q": {"b": 1}}, run).values()) == {1.0}
 
 
-@pytest.mark.parametrize("name", ["bogus@10", "nDCG@", "MRR@x", ""])
+@pytest.mark.parametrize("name", ["bogus@10", "nDCG@", "MRR@x", "", "nDCG@0", "P@1.5", "nDCG@-1"])
 def test_unknown_metrics_are_named(name):
-    with pytest.raises(UserError, match=repr(name)):
-        evaluate_run(QRELS, {}, (name,))
+    for use in (
+        lambda: evaluate_run(QRELS, {}, (name,)),
+        lambda: evaluate_queries(QRELS, {}, name),
+        lambda: check_metrics(["nDCG@10", name]),
+    ):
+        with pytest.raises(UserError, match=f"metric {re.escape(repr(name))}") as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["alpha_nDCG@10", "NERR8@10"])
+def test_metrics_that_need_what_is_not_here_are_named(name):
+    with pytest.raises(UserError, match=f"metric '{name}' cannot be computed here") as caught:
+        check_metrics([name])
+    assert "\n" not in str(caught.value)
+
+
+def test_metrics_are_checked_without_a_word():
+    assert check_metrics([*DEFAULT_METRICS, "P@5", "Recall@1000", "Rprec", "AP(rel=2)@3"]) is None
+    with pytest.raises(UserError, match="no metric"):
+        check_metrics([])
+
+
+def test_map_counts_what_is_not_found():
+    run = {"q1": {"a": 3.0, "x": 2.0}, "q2": {"x": 1.0}}
+    assert evaluate_run(QRELS, run, ("MAP",)) == {"MAP": (1 / 2 + 0) / 2}
 
 
 def test_no_judgements_is_the_users_error():
