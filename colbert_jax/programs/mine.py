@@ -111,7 +111,7 @@ def describe(counts: Counter[str], output: str, mining: Mining) -> str:
         lines.append(f"{counts['too_few']:,} left out, which had fewer {_among(mining)}")
     lines.append(
         "Train on it with configs/supervised.py "
-        f"--config.input.files=\"({output!r},)\" "
+        f'--config.input.files="({output!r},)" '
         f"--config.input.max_documents={mining.negatives + 1}"
     )
     return "\n".join(lines)

@@ -132,7 +132,7 @@ def write_rows(rows: Iterable[Scored], output: str, candidates: int) -> Counter[
         lines.append(f"{counts['too_few']:,} left out, which had fewer than {fewest_wanted}")
     lines.append(
         "Train on it with configs/distill.py "
-        f"--config.input.files=\"({output!r},)\" --config.input.max_documents={fewest}"
+        f'--config.input.files="({output!r},)" --config.input.max_documents={fewest}'
     )
     print(printable("\n".join(lines)))
     return counts
@@ -322,4 +322,3 @@ def _table(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, A
         if lacking:
             raise UserError(f"{Path(path)}, row {number}: it has no {' and no '.join(lacking)}.")
         yield number, record
-
