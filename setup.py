@@ -48,6 +48,7 @@ setup(
             "hypothesis",
             "jax[tpu]>=0.10.2",
             "mypy",
+            "playwright>=1.50",  # drives a Chromium of the system: the report in a browser
             "pytest>=8",
             "ruff==0.17.6",
             "torch==2.13.0",
