@@ -53,6 +53,16 @@ def table_scores(
     return scores
 
 
+def lookup_table(params: Params) -> dict[str, np.ndarray]:
+    """What `table_scores` takes, of a model made with `lookup`: each token's row in float64."""
+    x = np.asarray(params["encoder"]["tok_embeddings"], np.float64)
+    for norm in ("embedding_norm", "final_norm"):
+        x = x - x.mean(axis=1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-5)
+        x = x * np.asarray(params["encoder"][norm]["scale"], np.float64)
+    return {"table": x @ np.asarray(params["projection"][0]["kernel"], np.float64)}
+
+
 def make_model(
     tokenizer_file: Path,
     seed: int = 0,

@@ -1,7 +1,9 @@
 """Runs of a few steps, for tests of what goes on around the steps."""
 
+import ast
 import json
 import runpy
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,13 @@ def tiny_config(
     config.input.files = tuple(map(str, files))
     config.update(changes)
     return config
+
+
+def printed_overrides(printed: str) -> dict[str, Any]:
+    """The values of `--config.KEY=VALUE` in what a program printed last."""
+    words = [word for word in shlex.split(printed.splitlines()[-1]) if "=" in word]
+    pairs = [word.removeprefix("--config.").split("=", 1) for word in words]
+    return {key: ast.literal_eval(value) for key, value in pairs}
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

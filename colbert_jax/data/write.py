@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from colbert_jax.data.rows import MAX_ROW_BYTES
 from colbert_jax.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -38,7 +39,7 @@ def open_writer(path: str | Path) -> Iterator[Callable[[dict[str, Any]], None]]:
       `write(row)`; all rows must have the same columns, of those that training rows have.
 
     Raises:
-      UserError: the file exists, cannot be written or is of another kind.
+      UserError: the file exists, cannot be written or is of another kind, or a row is too long.
     """
     path = Path(path)
     check_output(path)
@@ -84,7 +85,13 @@ def _write_lines(partial: Path, path: Path) -> Iterator[Callable[[dict[str, Any]
     with gzip.open(partial, "wb") if path.suffix == ".gz" else partial.open("wb") as file:
 
         def write(row: dict[str, Any]) -> None:
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+            if len(line) > MAX_ROW_BYTES:  # training would pass over it
+                raise UserError(
+                    f"--output={path}: the row of the query {row['query'][:80]!r} is longer than "
+                    f"the {MAX_ROW_BYTES >> 20} MiB that a line may have; write .parquet instead."
+                )
+            file.write(line)
 
         yield write
 

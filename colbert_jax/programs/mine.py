@@ -1,14 +1,17 @@
 """Mines hard negatives for pairs, for `launch/mine.py`."""
 
 import dataclasses
+import heapq
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
-from colbert_jax.data.rows import RowError, is_unicode, read_rows
+from colbert_jax.data.cleaning import Cleaning
+from colbert_jax.data.rows import MAX_ROW_BYTES, RowError, is_unicode, read_rows
 from colbert_jax.data.write import check_output, open_writer
 from colbert_jax.errors import UserError, printable
 from colbert_jax.programs.retriever import ModelRequest, Retriever, open_retriever
@@ -81,6 +84,7 @@ def mine(
             f"--depth={mining.depth} is more than the {len(pairs.documents):,} different documents "
             "there are: give a smaller one, or more documents with --corpus."
         )
+    _check_row_size(pairs, output, mining.negatives)
     retriever = open_retriever(request)
     logger.info("%s queries, %s documents", f"{len(pairs.queries):,}", f"{len(pairs.documents):,}")
     index = _encode(retriever, pairs.documents, mining.dtype)
@@ -154,9 +158,26 @@ def read_pairs(files: Sequence[str], corpus: str | None = None) -> Pairs:
                 raise UserError(
                     f"{corpus}: the document {name!r} holds half of a surrogate pair; mend it."
                 )
-            if text.strip():  # BEIR's corpora have blank ones, which no row may hold
+            if _is_trainable(text):  # BEIR's corpora have blank ones
                 documents.setdefault(text, len(documents))
     return Pairs(list(documents), list(queries), [list(places) for places in queries.values()])
+
+
+def _is_trainable(text: str) -> bool:
+    """Whether training keeps a row that holds this text among its negatives."""
+    return len(text.strip()) >= Cleaning.min_characters
+
+
+def _check_row_size(pairs: Pairs, output: str, negatives: int) -> None:
+    """Raises `UserError` where a row may be too long for a line, before hours of work find it."""
+    if output.endswith(".parquet"):
+        return
+    sizes = (len(text.encode()) for text in pairs.documents)
+    if sum(heapq.nlargest(negatives + 1, sizes)) > MAX_ROW_BYTES:
+        raise UserError(
+            f"--output={output}: a row of the longest documents would be longer than the "
+            f"{MAX_ROW_BYTES >> 20} MiB that a line may have; write .parquet instead."
+        )
 
 
 def _encode(retriever: Retriever, documents: Sequence[str], dtype: str) -> Index:
@@ -184,8 +205,17 @@ def _mined(
         scores = dict(zip(own, score_pairs(queries, index, own, mesh).tolist(), strict=True))
         for i, (text, hits) in enumerate(zip(texts, found, strict=True)):
             positives = pairs.positives[start + i]
+            if not all(math.isfinite(scores[i, place]) for place in positives):
+                raise UserError(
+                    f"The model {retriever.name} gives {text[:80]!r} and its document a score that "
+                    "is no number: use another model, or another of its checkpoints."
+                )
             ranked = [(int(name), score) for name, score in hits.items()]
-            others = [hit for hit in ranked if hit[0] not in positives][: mining.depth]
+            others = [
+                hit
+                for hit in ranked
+                if hit[0] not in positives and _is_trainable(pairs.documents[hit[0]])
+            ][: mining.depth]
             for place in positives:
                 chosen = choose_negatives(
                     others[mining.skip :],

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 _ROWS = 256  # rows whose candidates are encoded together
 
+_FEWEST = 2  # candidates of a row: one alone has nothing to be compared with
+
 Candidates = tuple[str, list[str]]  # query, documents
 Scored = tuple[str, list[str], list[float]]  # query, documents, scores
 
@@ -63,11 +65,18 @@ def score_with_teacher(
       UserError: anything in model, data or output that the user has to mend.
     """
     check_output(output)
-    first = next(read_candidates(files), None)  # said before a model is read
-    if first is None:
+    _check_candidates(candidates)
+    # All rows are checked before the first is scored: a bad one at the end would cost the work.
+    counts = [len(documents) for _, documents in _keep(read_candidates(files), candidates)]
+    if not counts:
         raise UserError(f"--rows={','.join(files)} holds no row to score: name other files.")
+    if max(counts) < (fewest := max(candidates, _FEWEST)):
+        raise UserError(
+            f"No row of --rows={','.join(files)} has {fewest} different candidates: "
+            f"{_mended(candidates)}."
+        )
     retriever = open_retriever(request)
-    rows = _scored(retriever, _keep(read_candidates(files), candidates))
+    rows = _scored(retriever, _keep(read_candidates(files), candidates), len(counts))
     return write_rows(rows, output, candidates)
 
 
@@ -95,6 +104,7 @@ def import_scores(
       UserError: anything in the files that the user has to mend.
     """
     check_output(output)
+    _check_candidates(candidates)
     if (queries is None) != (documents is None):
         missing = "--queries" if queries is None else "--documents"
         raise UserError(f"{missing} is missing: where scores come with ids, both files are needed.")
@@ -110,32 +120,48 @@ def write_rows(rows: Iterable[Scored], output: str, candidates: int) -> Counter[
     """Writes distillation rows, and prints what became of them."""
     counts: Counter[str] = Counter()
     fewest, most = 0, 0
+    fewest_wanted = max(candidates, _FEWEST)
+    scaled = True
     with open_writer(output) as write:
         for query, documents, scores in rows:
-            if len(documents) < max(candidates, 1):
+            if len(documents) < fewest_wanted:
                 counts["too_few"] += 1
                 continue
             write({"query": query, "documents": documents, "scores": scores})
             counts["written"] += 1
             fewest = min(fewest or len(documents), len(documents))
             most = max(most, len(documents))
+            scaled = scaled and min(scores) >= 0 and max(scores) <= 1
         if not counts["written"]:
             raise UserError(
-                f"No row has {candidates or 1} candidates: give fewer --candidates."
+                f"No row has {fewest_wanted} different candidates: {_mended(candidates)}."
                 if counts["too_few"]
-                else "There is no row to write: the files are empty."
+                else "--scores hold no row to write: name other files."
             )
     each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     lines = [f"{output}: {counts['written']:,} rows with {each} scored candidates each"]
     if counts["too_few"]:
-        fewest_wanted = max(candidates, 1)
         lines.append(f"{counts['too_few']:,} left out, which had fewer than {fewest_wanted}")
-    lines.append(
+    command = (
         "Train on it with configs/distill.py "
         f'--config.input.files="({output!r},)" --config.input.max_documents={fewest}'
     )
-    print(printable("\n".join(lines)))
+    if not scaled:  # the student's, brought to 0 to 1, could never come near them
+        command += " --config.loss.normalize_scores=False"
+    print(printable("\n".join([*lines, command])))
     return counts
+
+
+def _check_candidates(candidates: int) -> None:
+    if 0 < candidates < _FEWEST:
+        raise UserError(
+            f"--candidates={candidates}: a candidate alone teaches nothing; give at least "
+            f"{_FEWEST}, or 0 for all."
+        )
+
+
+def _mended(candidates: int) -> str:
+    return "give fewer --candidates" if candidates > _FEWEST else "give rows with more"
 
 
 def read_candidates(files: Sequence[str]) -> Iterator[Candidates]:
@@ -177,10 +203,10 @@ def _keep(rows: Iterable[Candidates], candidates: int) -> Iterator[Candidates]:
         yield query, different[: candidates or None]
 
 
-def _scored(retriever: Retriever, rows: Iterable[Candidates]) -> Iterator[Scored]:
+def _scored(retriever: Retriever, rows: Iterable[Candidates], total: int) -> Iterator[Scored]:
     """Adds the teacher's scores, a few hundred rows at a time."""
     pending: list[Candidates] = []
-    with tqdm(desc="score", unit="row", disable=None, leave=False) as bar:
+    with tqdm(total=total, desc="score", unit="row", disable=None, leave=False) as bar:
         for row in rows:
             pending.append(row)
             if len(pending) == _ROWS:
@@ -213,7 +239,8 @@ def _score(retriever: Retriever, rows: Sequence[Candidates]) -> Iterator[Scored]
 
 def _read_scored_texts(files: Sequence[str]) -> Iterator[Scored]:
     for path in files:
-        if _has_columns(path, {"query_id"}) or _has_columns(path, {"query-id"}):
+        ids = _has_columns(path, {"query_id"}) or _has_columns(path, {"query-id"})
+        if ids and not _has_columns(path, {"query"}):
             raise UserError(
                 f"{path} holds ids, no texts: name the files that have these with --queries and "
                 "--documents."
@@ -296,6 +323,11 @@ def _judgement_columns(path: str) -> tuple[str, str]:
     for names in (("query_id", "document_id"), ("query-id", "corpus-id")):
         if _has_columns(path, {*names, "score"}):
             return names
+    number, first = next(iter(read_table(path, list)), (0, None))
+    if first is None:
+        raise UserError(f"{path} holds no row: name another file.")
+    if isinstance(first, RowError):
+        raise UserError(f"{path}, row {number}: {first}.")
     raise UserError(
         f"{path}: with --queries and --documents its columns must be query_id, document_ids and "
         "scores, or query_id, document_id and score."
