@@ -15,7 +15,8 @@ test collections (docs/study.md says on which, and what came out):
 Each phase is one run of launch/train.py, negatives are mined by launch/mine.py with what the first
 phase has made, candidates are scored by all-MiniLM-L6-v2, and launch/evaluate.py measures. What is
 done already is not done again: the same command goes on where a stopped one was. --arms=c --seeds=0
-makes one model alone; --scale makes all runs shorter.
+makes one model alone; --scale makes all runs shorter. OUTPUT gets study.md, study.svg, study.json
+and an export of the first seed of the last arm but d.
 """
 
 import argparse
@@ -370,6 +371,13 @@ class Study:
             path.write_text(json.dumps(measured), encoding="utf-8")
         return json.loads(path.read_text(encoding="utf-8"))
 
+    def export(self, run: Path) -> Path:
+        """A run's model for PyLate and Transformers."""
+        folder = self.output / f"export-{run.name}"
+        if not folder.is_dir():
+            self.program("export", f"--workdir={run}", f"--output={folder}")
+        return folder
+
     # --- helpers
 
     def program(self, name: str, *given: str) -> None:
@@ -485,6 +493,8 @@ def main() -> dict[str, Any]:
     check_plan(output, args.scale)
     study = Study(data, output, args.scale)
     study.check_apart()
+    # Whose model is exported is settled beforehand: no measure chooses it.
+    exported = max(set(arms) - {"d"}, default="d"), seeds[0]
     measured: dict[str, Any] = {}
     for seed in seeds:
         for arm in arms:
@@ -497,6 +507,8 @@ def main() -> dict[str, Any]:
                 else:
                     continue
                 measured.setdefault(system, {})[str(seed)] = study.measure(run)
+            if (arm, seed) == exported:
+                study.export(runs[-1])
     result = {"baselines": study.baselines(), "arms": measured, "seconds": seconds(output)}
     (output / "study.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     (output / "study.md").write_text(markdown(result), encoding="utf-8")
