@@ -33,8 +33,9 @@ def read_beir(folder: str | os.PathLike[str], split: str = "test") -> Collection
     `corpus.jsonl` has a line `{"_id": ..., "title": ..., "text": ...}` for each document, the title
     being optional; `queries.jsonl` has `{"_id": ..., "text": ...}`; `qrels/SPLIT.tsv` has a header
     line and then query id, document id and relevance, with tabs between them. A document's text
-    is its title, a space and its text, as in BEIR's and PyLate's evaluations. Queries without
-    judgements in this split are left out.
+    is its title, a space and its text, without white space around them, as in BEIR's and PyLate's
+    evaluations: a prompt would not end in the same tokens before a space. Queries keep theirs, as
+    there. Queries without judgements in this split are left out.
 
     Args:
       folder: holds the three files; its name becomes the collection's.
@@ -45,8 +46,10 @@ def read_beir(folder: str | os.PathLike[str], split: str = "test") -> Collection
         a document or query that is not there.
     """
     folder = Path(folder)
-    documents = _read_texts(folder / "corpus.jsonl")
-    queries = _read_texts(folder / "queries.jsonl")
+    documents = {
+        document_id: text.strip() for document_id, text in read_documents(folder / "corpus.jsonl")
+    }
+    queries = dict(read_documents(folder / "queries.jsonl"))
     qrels = _read_qrels(folder / "qrels" / f"{split}.tsv", documents, queries)
     return Collection(
         name=folder.resolve().name,
@@ -54,10 +57,6 @@ def read_beir(folder: str | os.PathLike[str], split: str = "test") -> Collection
         queries={query_id: text for query_id, text in queries.items() if query_id in qrels},
         qrels=qrels,
     )
-
-
-def _read_texts(path: Path) -> dict[str, str]:
-    return dict(read_documents(path))
 
 
 def read_documents(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:

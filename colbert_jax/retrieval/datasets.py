@@ -71,7 +71,7 @@ def open_dataset(
         yield from _open_folder(Path(name), split or "test")
     elif name.lower() == "nanobeir":
         for part, dataset in NANO_BEIR.items():
-            yield _read_hub(hub, part, dataset, dataset, "train")
+            yield _read_hub(hub, part, dataset, dataset, "train", strip=False)
     elif name.lower().startswith("nanobeir/"):
         wanted = name.partition("/")[2].lower().removeprefix("nano")
         known = {part.lower().removeprefix("nano"): part for part in NANO_BEIR}
@@ -81,7 +81,7 @@ def open_dataset(
                 f"{', '.join(part.removeprefix('Nano') for part in NANO_BEIR)}."
             )
         part = known[wanted]
-        yield _read_hub(hub, part, NANO_BEIR[part], NANO_BEIR[part], "train")
+        yield _read_hub(hub, part, NANO_BEIR[part], NANO_BEIR[part], "train", strip=False)
     elif name.lower() == "beir/cqadupstack":
         for forum in _FORUMS:
             dataset = f"mteb/cqadupstack-{forum}"
@@ -113,9 +113,18 @@ def _open_folder(folder: Path, split: str) -> Iterator[Collection]:
 
 
 def _read_hub(
-    hub: Hub, name: str, dataset: str, qrels_dataset: str, split: str, group: str = ""
+    hub: Hub,
+    name: str,
+    dataset: str,
+    qrels_dataset: str,
+    split: str,
+    group: str = "",
+    strip: bool = True,
 ) -> Collection:
-    """A collection whose corpus, queries and judgements are files of data sets of the hub."""
+    """A collection whose corpus, queries and judgements are files of data sets of the hub.
+
+    Documents are stripped as `read_beir` does; PyLate's evaluator of NanoBEIR does not do so.
+    """
     logger.info("reading %s from the hub", dataset)
     commit = hub.commit(dataset, None)
     files = hub.files(dataset, commit)
@@ -128,6 +137,8 @@ def _read_hub(
             yield from _rows(hub.fetch(dataset, commit, file), choose)
 
     documents = dict(_texts(table("corpus", _text_columns), f"{dataset}, corpus"))
+    if strip:
+        documents = {document_id: text.strip() for document_id, text in documents.items()}
     texts = dict(_texts(table("queries", _text_columns), f"{dataset}, queries"))
     qrels = _read_qrels(hub, qrels_dataset, split)
     for query_id in [q for q in qrels if q not in texts]:  # NFCorpus judges one that is not there

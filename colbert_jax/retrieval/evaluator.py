@@ -38,9 +38,8 @@ def evaluate(
     document's, as in ArguAna) does not find itself, as in BEIR's own evaluation.
     """
     documents = collection.documents
-    own = {
-        q for q, text in collection.queries.items() if text.strip() and text in documents.get(q, "")
-    }
+    stripped = {q: text.strip() for q, text in collection.queries.items()}  # as documents are
+    own = {q for q, text in stripped.items() if text and text in documents.get(q, "")}
     run = search(collection.queries, documents, DEPTH + bool(own))
     for query_id in run:
         hits = run[query_id].items()

@@ -8,6 +8,7 @@ attend_to_expansion_tokens, skiplist_words, ...) and go over what the model's fo
 """
 
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from pylate import losses, models, scores
+from pylate import evaluation, losses, models, scores
 from pylate.losses.contrastive import extract_skiplist_mask
 from pylate.utils import ColBERTCollator
 from sentence_transformers.models import Transformer
@@ -42,7 +43,15 @@ def served(function: Callable[..., Any]) -> Callable[..., Any]:
 @served
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide the numbers."""
-    names = ("numpy", "pylate", "sentence-transformers", "tokenizers", "torch", "transformers")
+    names = (
+        "numpy",
+        "pylate",
+        "ranx",
+        "sentence-transformers",
+        "tokenizers",
+        "torch",
+        "transformers",
+    )
     return {"python": platform.python_version()} | {
         name: importlib.metadata.version(name) for name in names
     }
@@ -501,6 +510,112 @@ def distillation(
         normalize_scores=normalize_scores,
     )
     return _backward(model, features, loss(features, labels), seen)
+
+
+# Evaluation.
+
+
+@served
+def evaluate(
+    folder: str,
+    collection: str,
+    split: str = "test",
+    depth: int = 100,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Rank all documents of a collection for each query, and measure the ranking.
+
+    Args:
+        folder: The model; its own prompts named `query` and `document` are used.
+        collection: A folder in BEIR's layout.
+        split: The judgements, `qrels/<split>.tsv`; queries that have none are left out.
+        depth: Documents of a ranking that are kept.
+        **settings: Arguments of ColBERT.
+
+    Returns:
+        `ndcg@10`, the mean; `ndcg@10_of_each`, query id to value; and `rankings`, query id to a
+        list of pairs (document id, score), best first.
+    """
+    documents, queries, qrels = _load_collection(Path(collection), split)
+    model = _load(folder, settings)
+    asked = _encode_side(model, list(queries.values()), is_query=True)
+    found = _encode_side(model, list(documents.values()), is_query=False)
+    results = _rank_exactly(asked, found, list(documents))
+    kept = {query: hits[:depth] for query, hits in zip(queries, results, strict=True)}
+
+    def measure(judged: dict[str, dict[str, int]]) -> float:
+        hits = [kept[query] for query in judged]
+        # PyLate returns the bare number where there is one metric alone.
+        return float(evaluation.evaluate(hits, judged, list(judged), metrics=["ndcg@10"]))
+
+    return {
+        "ndcg@10": measure({query: qrels[query] for query in queries}),
+        "ndcg@10_of_each": {query: measure({query: qrels[query]}) for query in queries},
+        "rankings": {
+            query: [(hit["id"], hit["score"]) for hit in hits] for query, hits in kept.items()
+        },
+    }
+
+
+def _load_collection(
+    folder: Path, split: str
+) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]]]:
+    """Read documents, queries and judgements as `evaluation.load_custom_dataset` gives them.
+
+    That function leaves the reading to the package beir, which writes "None" where a document has
+    no title, so only its rule for a document's text is followed here.
+    """
+
+    def rows(name: str) -> list[dict[str, Any]]:
+        lines = (folder / name).read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line.strip()]
+
+    documents = {
+        row["_id"]: f"{row.get('title') or ''} {row['text']}".strip()
+        for row in rows("corpus.jsonl")
+    }
+    qrels: dict[str, dict[str, int]] = {}
+    lines = (folder / "qrels" / f"{split}.tsv").read_text(encoding="utf-8").splitlines()
+    for query_id, document_id, relevance in (line.split("\t") for line in lines[1:]):
+        qrels.setdefault(query_id, {})[document_id] = int(relevance)
+    queries = {row["_id"]: row["text"] for row in rows("queries.jsonl") if row["_id"] in qrels}
+    return documents, queries, qrels
+
+
+def _encode_side(model: models.ColBERT, texts: list[str], is_query: bool) -> list[torch.Tensor]:
+    side = "query" if is_query else "document"
+    return model.encode(
+        texts,
+        is_query=is_query,
+        prompt_name=side if side in model.prompts else None,
+        convert_to_tensor=True,
+        show_progress_bar=False,
+    )
+
+
+def _rank_exactly(
+    queries: list[torch.Tensor], documents: list[torch.Tensor], ids: list[str], at_a_time: int = 32
+) -> list[list[dict[str, Any]]]:
+    """Score every pair with documents of like length together, so that none is padded.
+
+    PyLate's mask of documents, and `rank.rerank`, would not do: the similarities of padding are 0
+    there, and win over negative ones. Those of the queries' padding add nothing to a sum.
+    """
+    padded = torch.nn.utils.rnn.pad_sequence(queries, batch_first=True)
+    table = torch.empty(len(queries), len(documents))
+    places: dict[int, list[int]] = {}
+    for place, document in enumerate(documents):
+        places.setdefault(len(document), []).append(place)
+    for alike in places.values():
+        for start in range(0, len(alike), at_a_time):
+            part = alike[start : start + at_a_time]
+            stacked = torch.stack([documents[place] for place in part])
+            table[:, part] = scores.colbert_scores(padded, stacked)
+    ordered, order = torch.sort(table, dim=1, descending=True, stable=True)
+    return [
+        [{"id": ids[place], "score": score} for place, score in zip(*row, strict=True)]
+        for row in zip(order.tolist(), ordered.tolist(), strict=True)
+    ]
 
 
 def _load(folder: str, settings: dict[str, Any]) -> models.ColBERT:

@@ -173,6 +173,40 @@ def test_distillation(pylate: PyLateReference, folder: str) -> None:
     assert all(np.isfinite(gradient).all() for gradient in result["gradients"].values())
 
 
+def test_evaluate(pylate: PyLateReference, folder: str, tmp_path: Path) -> None:
+    prompts = {"query": "search_query: ", "document": "search_document: "}  # the folder's own
+    documents = {"a": ("", TEXTS[0]), "b": ("A", "title"), "c": ("", "parse"), "d": (TEXTS[2], "")}
+    queries = {"q": "copy a list", "r": "parse an argument", "unjudged": "long"}
+    qrels = {"q": {"a": 2, "b": 1, "c": 0}, "r": {"c": 1}}
+    (tmp_path / "qrels").mkdir()
+    rows = [{"_id": name, "title": t, "text": text} for name, (t, text) in documents.items()]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"_id": name, "text": text} for name, text in queries.items()]
+    (tmp_path / "queries.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    lines = [f"{query}\t{name}\t{r}\n" for query in qrels for name, r in qrels[query].items()]
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+    found = pylate.call("evaluate", folder=folder, collection=str(tmp_path))
+
+    def encode(side: str, text: str) -> np.ndarray:
+        options = {"is_query": side == "query", "prompt": prompts[side]}
+        return np.asarray(pylate.call("encode", folder=folder, texts=[text], **options)[0])
+
+    encoded = {name: encode("document", " ".join(t).strip()) for name, t in documents.items()}
+    values = {}
+    for query, judged in qrels.items():
+        asked = encode("query", queries[query])
+        scores = {name: (asked @ d.T).max(axis=1).sum() for name, d in encoded.items()}
+        ranking = sorted(scores, key=scores.__getitem__, reverse=True)
+        assert [name for name, _ in found["rankings"][query]] == ranking
+        assert dict(found["rankings"][query]) == pytest.approx(scores, rel=1e-5)
+        gains = [[judged.get(name, 0) for name in ranking], sorted(judged.values(), reverse=True)]
+        actual, ideal = (sum(g / np.log2(i + 2) for i, g in enumerate(gain)) for gain in gains)
+        values[query] = actual / ideal
+    assert found["ndcg@10_of_each"] == pytest.approx(values)
+    assert found["ndcg@10"] == pytest.approx(sum(values.values()) / 2)
+    assert found["rankings"].keys() == qrels.keys()
+
+
 def test_real_texts(real_texts: list[str]) -> None:
     lengths = [len(text.split()) for text in real_texts]
     assert len(set(real_texts)) == len(real_texts) >= 1200

@@ -140,6 +140,31 @@ def test_beir_by_name_in_each_layout(hub: Folders, layout: str) -> None:
         opened("beir/scifact", "dev", hub)
 
 
+def test_space_around_a_text_is_kept_where_pylate_keeps_it(hub: Folders, tmp_path: Path) -> None:
+    """It drops it in BEIR's documents, but neither in queries nor in NanoBEIR."""
+    corpus = [{"_id": "d1", "title": "", "text": "\n grow on trees "}]
+    queries = [{"_id": "q1", "text": " where do apples grow"}]
+    judged = [{"query-id": "q1", "corpus-id": "d1", "score": 1}]
+    written = {
+        tmp_path / "fruit": ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"),
+        hub.root / "BeIR/scifact": ("corpus.jsonl", "queries.jsonl", "-"),
+        hub.root / "BeIR/scifact-qrels": ("-", "-", "test.tsv"),
+        hub.root / NANO_BEIR["NanoSciFact"]: tuple(
+            f"{part}/train-00000-of-00001.parquet" for part in ("corpus", "queries", "qrels")
+        ),
+    }
+    for folder, files in written.items():
+        for file, rows in zip(files, (corpus, queries, judged), strict=True):
+            if file != "-":
+                write(folder / file, rows)
+    for name in (str(tmp_path / "fruit"), "beir/scifact"):
+        (found,) = opened(name, hub=hub)
+        assert found.documents == {"d1": "grow on trees"}
+        assert found.queries == {"q1": " where do apples grow"}
+    (nano,) = opened("nanobeir/SciFact", hub=hub)
+    assert nano.documents["d1"].endswith("\n grow on trees ")
+
+
 def test_the_same_rows_in_two_formats_are_read_once(hub: Folders) -> None:
     root = hub.root / "BeIR" / "scifact"
     for layout in ("parquet", "gzip"):

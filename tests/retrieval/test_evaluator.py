@@ -52,6 +52,14 @@ def test_a_query_that_is_a_document_does_not_find_itself() -> None:
     assert found.metrics["nDCG@10"] == found.metrics["MRR@10"] == 1.0
 
 
+def test_a_query_is_known_as_a_document_that_lost_the_space_around_it() -> None:
+    documents = {"a1": "the whole argument.", "d0": "another"}
+    found = evaluate(
+        collection_of(documents, {"a1": " the whole argument.\n"}, {"a1": {"d0": 1}}), ranks_all([])
+    )
+    assert list(found.run["a1"]) == ["d0"]
+
+
 def test_ids_that_coincide_by_chance_are_kept() -> None:
     """As in Cranfield, whose queries and documents are both numbered from 1."""
     documents = {str(i): f"text {i}" for i in range(150)}
