@@ -19,6 +19,7 @@ from colbert_jax.evals import Evals, check_evals, open_collections
 from colbert_jax.export import export_run
 from colbert_jax.huggingface import Model
 from colbert_jax.metric_log import MetricLog, draw_curves
+from colbert_jax.report import write_report
 from colbert_jax.results import Results, results_table, write_json
 from colbert_jax.sessions import note_session
 from colbert_jax.sharding import join_hosts, make_mesh
@@ -271,15 +272,20 @@ def describe(
 
 
 def finish(config: ConfigDict, step: int, workdir: Path, results: Results) -> None:
-    """Exports, and prints the results and what to try next."""
+    """Exports, writes the report, and prints the results and what to try next."""
     output = workdir / f"export-{step}"
     if config.export and jax.process_count() > 1:
         print(f"Export it on one host: python launch/export.py --workdir={workdir} --output=...")
     elif config.export and not output.exists():
         export_run(workdir, output)
+    try:
+        report = str(write_report([workdir]))
+    except UserError as error:  # an earlier phase's file, say; what was trained is safe
+        report = f"none, since {str(error).rstrip('.')}"
     if results:
         print("\n" + results_table(results))
     print(f"\nMetrics: {workdir / 'metrics.jsonl'}, curves: {workdir / 'curves.png'}")
+    print(f"Report: {report}")
     if output.exists():
         print(f"Exported for PyLate and Transformers: {output}")
     if config.next_command:

@@ -230,6 +230,14 @@ def test_each_phase_leaves_metrics_curves_config_and_export(phases: dict[str, An
         assert 'prompt_name="query"' in card and f"{STEPS} of 8 queries each" in card
 
 
+def test_the_last_phases_report_shows_all_three(phases: dict[str, Any]) -> None:
+    page = (phases["folder"] / "distill" / "report.html").read_text()
+    for name in ("pretrain", "supervised", "distill"):
+        assert f">{name}</bdi></th>" in page
+    measured = json.loads((phases["folder"] / "supervised" / "results.json").read_text())
+    assert f">{measured['trained']['nDCG@10']:.3f}</" in page
+
+
 @pytest.mark.parametrize("name, rows", [("pretrain", "pairs"), ("distill", "scored")])
 def test_tokens_train_as_the_text_they_were_made_of(
     name: str, rows: str, phases: dict[str, Any], encoder: Path, data: dict, tmp_path: Path
@@ -456,6 +464,20 @@ def test_the_quickstart_writes_results_metrics_curves_and_an_export(quick: Path)
     assert "| bm25 |" in card and "| trained |" in card
 
 
+def test_the_quickstart_ends_with_a_report_of_what_it_measured(quick: Path) -> None:
+    page = (quick / "report.html").read_text()
+    results = json.loads((quick / "results.json").read_text())
+    for measures in results.values():
+        for value in measures.values():
+            assert f">{value:.3f}</" in page
+    (evaluation,) = [json.loads(f.read_text()) for f in (quick / "evaluation").glob("*.json")]
+    for example in evaluation["examples"]:
+        for document in example["ranking"]:
+            assert document["similarities"] in page  # a heat map of each
+    assert "Best queries" in page and "Worst queries" in page
+    assert "export-3" in page and "tqdm" in page and "contrastive on docstrings" in page
+
+
 def contents(folder: Path, *left_out: str) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -479,6 +501,7 @@ def test_a_second_call_shows_the_results_and_changes_nothing(
     for measures in results.values():
         assert f"{measures['nDCG@10']:.3f}" in printed
     assert "metrics.jsonl" in printed and "export-3" in printed and "Next: try this" in printed
+    assert f"Report: {quick / 'report.html'}\n" in printed
 
 
 def test_more_steps_go_on_from_the_last_and_measure_again(
