@@ -20,7 +20,9 @@ QUERY = flags.DEFINE_multi_string("query", [], "What to search for; may be given
 INTERACTIVE = flags.DEFINE_boolean(
     "interactive", False, "Ask for queries until an empty line; the corpus is encoded once."
 )
-K = flags.DEFINE_integer("k", 5, "Passages to print for each query.", lower_bound=1)
+K = flags.DEFINE_integer(
+    "k", None, "Passages to print for each query; 5, or all of fewer, by default.", lower_bound=1
+)
 INDEX = flags.DEFINE_string("index", None, "Folder to keep the encoded corpus in; none: memory.")
 INDEX_DTYPE = flags.DEFINE_enum(
     "index_dtype", "bfloat16", list(DTYPES), "How embeddings are kept: int8 takes half of bfloat16."

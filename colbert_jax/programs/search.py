@@ -20,6 +20,7 @@ from colbert_jax.retrieval.search import top_k
 
 logger = logging.getLogger(__name__)
 
+PASSAGES = 5  # that are printed where nobody says how many
 SNIPPET = 600  # characters of a passage that are shown
 _BOLD, _PLAIN = "\033[1;33m", "\033[0m"
 
@@ -29,7 +30,7 @@ def search_corpus(
     corpus: str,
     queries: Sequence[str],
     interactive: bool,
-    k: int,
+    k: int | None = None,
     index: str | None = None,
     index_dtype: str = "bfloat16",
 ) -> None:
@@ -40,7 +41,7 @@ def search_corpus(
       corpus: a file in the layout of BEIR's `corpus.jsonl`, gzipped or not.
       queries: texts.
       interactive: whether queries are read from the user until he leaves.
-      k: passages for each; of fewer documents, all.
+      k: passages for each; None prints `PASSAGES`, or all of fewer documents.
       index: a folder that keeps the encoded corpus; None keeps it in memory.
       index_dtype: how embeddings are kept.
 
@@ -56,13 +57,23 @@ def search_corpus(
     count = None
     if index is None or not is_finished(index):
         count = sum(1 for _ in read_documents(corpus))
+        _check_k(k, count, corpus)
     retriever = open_retriever(request)
     found = load_index(retriever, corpus, index, index_dtype, count)
+    _check_k(k, len(found), corpus)
+    k = k or PASSAGES
     for query in queries:
         print_answer(retriever, found, query, k)
     if interactive:
         for query in ask():
             print_answer(retriever, found, query, k)
+
+
+def _check_k(k: int | None, count: int, corpus: str) -> None:
+    if k is not None and k > count:
+        raise UserError(
+            f"--k={k:,} is more than the {count:,} documents of --corpus={corpus}: ask for fewer."
+        )
 
 
 def load_index(

@@ -70,7 +70,7 @@ def searched(
     model: Path,
     corpus: Path,
     *queries: str,
-    k: int = 3,
+    k: int | None = 3,
     interactive: bool = False,
     **rest: Any,
 ) -> str:
@@ -131,13 +131,27 @@ def test_nothing_of_a_document_is_obeyed_by_a_terminal(
     assert "Make [[a]] [[copy]] of the file" in printed  # tabs and line ends are white space
 
 
-def test_all_are_shown_where_there_are_fewer_than_asked_for(
+def test_all_are_shown_of_fewer_than_one_shows(
     capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
 ) -> None:
     corpus = write_corpus(tmp_path / "two.jsonl", {"a": "a list", "b": "a copy"})
     for index in (None, str(tmp_path / "index")):
-        printed = searched(capsys, model, corpus, "of the list", k=5, index=index)
+        printed = searched(capsys, model, corpus, "of the list", k=None, index=index)
         assert [name for _, _, name in hits_of(printed)] == ["a", "b"]
+
+
+def test_more_than_there_are_is_refused_before_and_after_the_index_is_there(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "two.jsonl", {"a": "a list", "b": "a copy"})
+    index = str(tmp_path / "index")
+    refused = r"--k=3 is more than the 2 documents of --corpus=.*two\.jsonl: ask for fewer\."
+    with pytest.raises(UserError, match=refused):  # before the model is looked for
+        search_corpus(ModelRequest("no/model"), str(corpus), ["list"], False, 3, index)
+    assert not Path(index).exists()
+    searched(capsys, model, corpus, "list", k=2, index=index)
+    with pytest.raises(UserError, match=refused):
+        search_corpus(ModelRequest(str(model)), str(corpus), ["list"], False, 3, index)
 
 
 def test_equal_documents_stand_in_the_order_of_their_ids(
