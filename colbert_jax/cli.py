@@ -14,9 +14,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from colbert_jax.errors import UserError, printable
+from colbert_jax.errors import Interrupted, UserError, printable
 
 USER_ERROR_STATUS = 2
+INTERRUPTED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command will do later
 
 
 def run_program(main: Callable[[], None], required: Sequence[str] = ()) -> None:
@@ -40,6 +41,9 @@ def run_program(main: Callable[[], None], required: Sequence[str] = ()) -> None:
             main()
         except UserError as error:
             _fail(error)
+        except Interrupted as notice:
+            print(printable(str(notice)), file=sys.stderr)
+            sys.exit(INTERRUPTED_STATUS)
         except KeyboardInterrupt:
             print("Stopped.", file=sys.stderr)
             sys.exit(130)

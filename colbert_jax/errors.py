@@ -1,10 +1,17 @@
-"""The one kind of error that is the user's to mend, and how it is shown."""
+"""What ends a program without being a bug, and how it is shown."""
 
 
 class UserError(Exception):
     """An input that cannot be used; its message is one sentence: what, where, what to do.
 
     Programs in `launch/` print it without a traceback and end with exit status 2.
+    """
+
+
+class Interrupted(Exception):
+    """A run was asked to stop and has saved all that it had done; the message says how to go on.
+
+    Programs in `launch/` print it without a traceback and end with exit status 75.
     """
 
 

@@ -2,11 +2,13 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from colbert_jax.checkpoint import Checkpoints, read_config
@@ -14,10 +16,11 @@ from colbert_jax.colbert import Params, make_embed, param_shapes
 from colbert_jax.data.encode import make_encode, sample_lengths
 from colbert_jax.data.inputs import Corpus, open_corpus, open_tokens
 from colbert_jax.data.pipeline import batches_per_epoch, make_batches
-from colbert_jax.errors import UserError
+from colbert_jax.errors import Interrupted, UserError
 from colbert_jax.evals import Evals, check_evals, open_collections
 from colbert_jax.export import export_run
 from colbert_jax.huggingface import Model
+from colbert_jax.interruption import LOCK_FILE, hold_workdir, stop_notice
 from colbert_jax.metric_log import MetricLog, draw_curves
 from colbert_jax.report import write_report
 from colbert_jax.results import Results, results_table, write_json
@@ -48,6 +51,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
 
     Raises:
       UserError: anything in config, data or folders that the user has to mend.
+      Interrupted: it was asked to stop before its last step, and has saved what it had done.
     """
     plain = json.loads(config.to_json())
     keep_compiled(plain["compilation_cache"])
@@ -57,6 +61,15 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
     mesh = make_mesh(**plain["mesh"])
     check_batch(plain, mesh)
     workdir = open_workdir(workdir)
+    with hold_workdir(workdir), stop_notice() as asked_to_stop:
+        return run_phase(config, workdir, mesh, asked_to_stop)
+
+
+def run_phase(
+    config: ConfigDict, workdir: Path, mesh: Mesh, asked_to_stop: Callable[[int], bool]
+) -> Results:
+    """The phase from text to export, in a folder that nobody else uses."""
+    plain = json.loads(config.to_json())
 
     # Text, and how it becomes tokens.
     corpus = open_corpus(plain["input"])
@@ -128,7 +141,13 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
                 checkpoints=checkpoints,
                 config=plain,
                 evaluate=evaluate,
+                asked_to_stop=asked_to_stop,
             )
+            if (step := int(state.step)) < config.total_steps:
+                raise Interrupted(
+                    f"Stopped after step {step} as asked, which is saved in {workdir}: start the "
+                    "same command to go on."
+                )
             if collections and "trained" not in evals.results:
                 evals.finish(int(state.step), state.params["model"])
         finally:
@@ -158,7 +177,8 @@ def open_workdir(workdir: str | Path) -> Path:
       UserError: the folder holds something that is no run.
     """
     workdir = Path(workdir)
-    foreign = workdir.is_dir() and any(workdir.iterdir()) and not is_run(workdir)
+    there = {item.name for item in workdir.iterdir()} if workdir.is_dir() else set()
+    foreign = bool(there - {LOCK_FILE}) and not is_run(workdir)
     # Only the first host looks: to a later one, what the first has just begun looks foreign.
     if workdir.is_file() or (foreign and jax.process_index() == 0):
         raise UserError(f"{workdir} holds something that is no run: choose another --workdir.")

@@ -387,8 +387,9 @@ def train(
     checkpoints: Checkpoints,
     config: dict,
     evaluate: Callable[[int, Params], float | None],
+    asked_to_stop: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
-    """Runs the loop up to `total_steps` and saves the last step.
+    """Runs the loop up to `total_steps`, or until it is asked to stop, and saves the last step.
 
     Args:
       state: where to start; its step says how far an earlier run came.
@@ -404,6 +405,7 @@ def train(
       config: the run's config, saved with each state.
       evaluate: called as `evaluate(step, params)` after every step; decides itself what is due, and
         returns what the best checkpoint is chosen by, or None.
+      asked_to_stop: called with the step after every one; true on all hosts after the same.
 
     Returns:
       The last state.
@@ -444,9 +446,14 @@ def train(
                 bar.set_postfix_str(progress_text(values))
                 waited, since, last_logged = 0.0, time.perf_counter(), step
             paused = time.perf_counter()
-            value = evaluate(step, state.params)
-            if checkpoints.due(step) or checkpoints.is_best(value, config) or step == total_steps:
+            # Whoever is asked to stop may have seconds left: no time to measure anything.
+            stop = step < total_steps and asked_to_stop(step)
+            value = None if stop else evaluate(step, state.params)
+            best = checkpoints.is_best(value, config)
+            if checkpoints.due(step) or best or stop or step == total_steps:
                 save_state(checkpoints, state, position, config, value)
+            if stop:
+                break
             since += time.perf_counter() - paused
     checkpoints.wait()
     return state
