@@ -107,6 +107,7 @@ ARMS: dict[str, list[tuple[str, Mapping[str, str]]]] = {
     "d": [("unsupervised", PROMPTS), ("supervised", NO_PROMPTS), ("distillation", NO_PROMPTS)],
 }
 LABELS = {
+    "start": "random weights",
     "a": "a  distillation alone",
     "b": "b  supervised, distillation",
     "c": "c  all three phases",
@@ -497,6 +498,7 @@ def main() -> dict[str, Any]:
     exported = max(set(arms) - {"d"}, default="d"), seeds[0]
     measured: dict[str, Any] = {}
     for seed in seeds:
+        measured.setdefault("start", {})[str(seed)] = study.measure(study.start(seed))
         for arm in arms:
             runs = study.train(arm, seed)
             for number, run in enumerate(runs, 1):
@@ -573,7 +575,8 @@ def markdown(result: Mapping[str, Any], metric: str = "nDCG@10") -> str:
         values = [of[test][metric] for test in TESTS]
         label = {"bm25": "BM25", "teacher": f"teacher ({TEACHER})"}[name]
         rows.append([label, "", *(f"{v:.3f}" for v in [*values, float(np.mean(values))])])
-    for system, by_seed in sorted(result["arms"].items()):
+    order = ["start", *sorted(set(result["arms"]) - {"start"})]
+    for system, by_seed in ((name, result["arms"][name]) for name in order):
         table = means(by_seed, metric)
         cells = [
             f"{column.mean():.3f} ({column.min():.3f} to {column.max():.3f})" for column in table.T
