@@ -41,8 +41,8 @@ from colbert_jax.errors import UserError
 from colbert_jax.retrieval.collection import Collection as TestCollection
 from colbert_jax.retrieval.collection import read_beir
 from colbert_jax.retrieval.evaluator import evaluate
-from colbert_jax.start import new_shape
-from colbert_jax.tokenization import ColbertTokenizer, TokenizationConfig, train_tokenizer
+from colbert_jax.start import new_model
+from colbert_jax.tokenization import TokenizationConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("scifact", "cranfield", "vaswani")
@@ -145,18 +145,9 @@ class Study:
             do_query_expansion=False,
         )
         with self.timed(folder.name):
-            trained = train_tokenizer(self.texts(), MODEL["vocab_size"], MODEL["words_only"])
-            special = {
-                "cls": trained.cls_token_id,
-                "sep": trained.sep_token_id,
-                "pad": trained.pad_token_id,
-            }
-            tokenizer = ColbertTokenizer(trained, tokenization)
-            shape = new_shape(MODEL, tokenizer.vocab_size)
-            fields = huggingface.encoder_json(shape.encoder, **special)
-            model = huggingface.Model(shape, tokenizer, fields, "random weights")
+            model = new_model(MODEL, tokenization, self.texts())
             card = "Random weights, to start from.\n"
-            huggingface.save_model(folder, model, init_params(shape, seed), card)
+            huggingface.save_model(folder, model, init_params(model.config, seed), card)
         return folder
 
     def texts(self) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def open_model(config: dict[str, Any], workdir: Path, corpus: Corpus, fresh: boo
             embedding_size=settings["embedding_size"],
         )
     else:
-        model = new_model(settings, TokenizationConfig(**tokenization), corpus)
+        model = new_model(settings, TokenizationConfig(**tokenization), corpus.texts())
     if jax.process_index() == 0:
         shutil.rmtree(folder, ignore_errors=True)  # of a run that stopped before it saved anything
         with huggingface.new_folder(folder) as building:
@@ -66,11 +67,13 @@ def open_model(config: dict[str, Any], workdir: Path, corpus: Corpus, fresh: boo
     return model
 
 
-def new_model(settings: dict[str, Any], tokenization: TokenizationConfig, corpus: Corpus) -> Model:
-    """A model from nothing: a tokenizer trained on the corpus and the encoder that fits it."""
+def new_model(
+    settings: Mapping[str, Any], tokenization: TokenizationConfig, texts: Iterable[str]
+) -> Model:
+    """A model from nothing: a tokenizer trained on texts and the encoder that fits it."""
     new_shape(settings, settings.get("vocab_size", 0))  # what is wrong with it, before any work
     logger.info("training a tokenizer of %d tokens on the corpus", settings["vocab_size"])
-    hf_tokenizer = train_tokenizer(corpus.texts(), settings["vocab_size"], settings["words_only"])
+    hf_tokenizer = train_tokenizer(texts, settings["vocab_size"], settings["words_only"])
     # Read before ColbertTokenizer makes [MASK] what texts are padded with: an encoder that took it
     # for padding would not train its row in PyTorch.
     special = {
@@ -84,7 +87,7 @@ def new_model(settings: dict[str, Any], tokenization: TokenizationConfig, corpus
     return Model(shape, tokenizer, fields, "random weights")
 
 
-def new_shape(settings: dict[str, Any], vocab_size: int) -> ColbertConfig:
+def new_shape(settings: Mapping[str, Any], vocab_size: int) -> ColbertConfig:
     """The shape of a model from nothing.
 
     Args:

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_processes import metrics, start, two_joined, write_lines
+from test_processes import metrics, start, two_joined
+from tiny_run import text_pairs, write_beir, write_lines
 
 from colbert_jax.errors import UserError
 from colbert_jax.interruption import hold_workdir, stop_notice
@@ -33,15 +34,10 @@ RUN: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory, real_texts: list[str]) -> Path:
     """Pairs, and beside them a BEIR folder."""
-    texts = [text for text in real_texts if len(text.split()) >= 8][:48]
     folder = tmp_path_factory.mktemp("rows")
-    pairs = [{"query": " ".join(text.split()[:4]), "document": text} for text in texts]
-    write_lines(folder / "pairs.jsonl", pairs)
-    (folder / "beir" / "qrels").mkdir(parents=True)
-    write_lines(folder / "beir" / "corpus.jsonl", [{"_id": "d", "text": texts[0]}])
-    write_lines(folder / "beir" / "queries.jsonl", [{"_id": "q", "text": pairs[0]["query"]}])
-    (folder / "beir" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
-    return folder / "pairs.jsonl"
+    pairs = text_pairs(real_texts, 48)
+    write_beir(folder / "beir", pairs, queries=1)
+    return write_lines(folder / "pairs.jsonl", pairs)
 
 
 def wait_for_steps(workdir: Path, count: int, processes: list[subprocess.Popen]) -> None:
