@@ -583,7 +583,7 @@ def draw(result: Mapping[str, Any], path: Path, metric: str = "nDCG@10") -> None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    arms = [arm for arm in ARMS if arm in result["arms"]]
+    arms = [arm for arm in ("start", *ARMS) if arm in result["arms"]]
     figure, axes = plt.subplots(
         1, len(TESTS) + 1, figsize=(11, 0.7 + 0.5 * len(arms)), sharey=True, layout="constrained"
     )
@@ -602,8 +602,9 @@ def draw(result: Mapping[str, Any], path: Path, metric: str = "nDCG@10") -> None
         axis.margins(y=0.2)
     axes[0].set_yticks(range(len(arms)), [LABELS[arm] for arm in arms])
     axes[0].invert_yaxis()
-    axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
-    figure.savefig(path)
+    lines, names = axes[-1].get_legend_handles_labels()
+    figure.legend(lines, names, frameon=False, fontsize=8, ncols=2, loc="outside lower left")
+    figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 
