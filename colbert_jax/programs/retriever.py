@@ -120,8 +120,8 @@ def open_retriever(request: ModelRequest) -> Retriever:
     else:
         folder = huggingface.find_folder(request.name, request.revision)
         if not huggingface.has_projection(folder):
-            encoder = folder / "config.json"
-            huggingface.parse_encoder_config(huggingface.read_json(encoder), str(encoder))
+            fields = folder / "config.json"
+            huggingface.parse_encoder_config(huggingface.read_json(fields), str(fields))
             raise UserError(
                 f"{request.name} is a base encoder without a projection, not a ColBERT: train one "
                 f"from it with --config.init_from={request.name}."
