@@ -257,3 +257,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path} cannot be read: {Path(path).parent} is not the folder of a run."
         ) from error
+
+
+def config_leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested config by their dotted names."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        leaves |= config_leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return leaves

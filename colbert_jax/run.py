@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from colbert_jax.checkpoint import Checkpoints, read_config
+from colbert_jax.checkpoint import Checkpoints, config_leaves, read_config
 from colbert_jax.colbert import Params, make_embed, param_shapes
 from colbert_jax.data.encode import make_encode, sample_lengths
 from colbert_jax.data.inputs import Corpus, open_corpus, open_tokens
@@ -62,15 +62,17 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
     check_batch(plain, mesh)
     workdir = open_workdir(workdir)
     with hold_workdir(workdir), stop_notice() as asked_to_stop:
-        return run_phase(config, workdir, mesh, asked_to_stop)
+        return run_phase(config, plain, workdir, mesh, asked_to_stop)
 
 
 def run_phase(
-    config: ConfigDict, workdir: Path, mesh: Mesh, asked_to_stop: Callable[[int], bool]
+    config: ConfigDict,
+    plain: dict[str, Any],
+    workdir: Path,
+    mesh: Mesh,
+    asked_to_stop: Callable[[int], bool],
 ) -> Results:
-    """The phase from text to export, in a folder that nobody else uses."""
-    plain = json.loads(config.to_json())
-
+    """The phase from text to export, in a folder that nobody else uses; `plain` is its config."""
     # Text, and how it becomes tokens.
     corpus = open_corpus(plain["input"])
     check_rows(corpus, plain["loss"]["kind"])
@@ -216,10 +218,10 @@ def check_resume(workdir: Path, config: dict[str, Any]) -> None:
     Raises:
       UserError: naming the first value that must not change.
     """
-    started = _leaves(read_config(workdir / CONFIG_FILE))
+    started = config_leaves(read_config(workdir / CONFIG_FILE))
     free = {"input.cache_dir", "input.threads", "input.workers", "input.tokenized"}
     free |= {f"model.{key}" for key in ("dtype", "micro_batch", "lengths", "remat", "scan_layers")}
-    for key, value in _leaves(config).items():
+    for key, value in config_leaves(config).items():
         was = started.get(key)
         if value == was:
             continue
@@ -229,15 +231,6 @@ def check_resume(workdir: Path, config: dict[str, Any]) -> None:
                 "that the run was started with, or another --workdir."
             )
         logger.info("config.%s was %r, is now %r", key, was, value)
-
-
-def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a nested config by their dotted names."""
-    leaves: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        leaves |= _leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return leaves
 
 
 def check_rows(corpus: Corpus, kind: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from colbert_jax.checkpoint import read_config
+from colbert_jax.checkpoint import config_leaves, read_config
 from colbert_jax.errors import UserError
 from colbert_jax.metric_log import read_metrics
 from colbert_jax.start import CONFIG_FILE, is_run
@@ -136,7 +136,7 @@ class Run:
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """The config's values by their dotted names."""
-        return _leaves(self.config)
+        return config_leaves(self.config)
 
     def number(self, name: str) -> float | None:
         """A number of the config, None where it has none by this name."""
@@ -463,11 +463,3 @@ def _is_number(value: Any) -> bool:
 def _float(value: float | None) -> float:
     """A number of JSON, where null stands for one that is none."""
     return math.nan if value is None else float(value)
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        leaves |= _leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return leaves
