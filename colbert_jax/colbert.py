@@ -102,10 +102,11 @@ class Colbert(nnx.Module):
         config: ColbertConfig,
         scan_layers: bool = False,
         keep_products: bool = False,
+        attention: str = "auto",
         *,
         rngs: nnx.Rngs,
     ):
-        self.encoder = ModernBert(config.encoder, scan_layers, keep_products, rngs=rngs)
+        self.encoder = ModernBert(config.encoder, scan_layers, keep_products, attention, rngs=rngs)
         self.projection = nnx.List([Dense(dense, rngs=rngs) for dense in config.projection])
 
     def __call__(
@@ -126,9 +127,10 @@ class Colbert(nnx.Module):
           `token_embeddings[batch, token, dim]`, float32 and of length 1, at masked positions too.
         """
         x = self.encoder(input_ids, attention_mask, dtype)
-        for dense in self.projection:
-            x = dense(x)
-        return normalize(x)
+        with jax.named_scope("projection"):
+            for dense in self.projection:
+                x = dense(x)
+            return normalize(x)
 
 
 def init_params(config: ColbertConfig, seed: int | jax.Array) -> Params:
@@ -137,11 +139,9 @@ def init_params(config: ColbertConfig, seed: int | jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
-def _split(
-    config: ColbertConfig, scan_layers: bool = False, keep_products: bool = False
-) -> tuple[Any, Any]:
+def _split(config: ColbertConfig, *settings: Any) -> tuple[Any, Any]:
     def make() -> Colbert:
-        return Colbert(config, scan_layers, keep_products, rngs=nnx.Rngs(0))
+        return Colbert(config, *settings, rngs=nnx.Rngs(0))
 
     return nnx.split(nnx.eval_shape(make))
 
@@ -170,6 +170,7 @@ def make_embed(
     dtype: jnp.dtype | str = jnp.float32,
     scan_layers: bool = False,
     keep_products: bool = False,
+    attention: str = "auto",
 ) -> Embed:
     """Makes the pure function `embed(params, input_ids, attention_mask) -> token_embeddings`.
 
@@ -183,8 +184,9 @@ def make_embed(
         function then takes `scanned_params`.
       keep_products: whether the backward pass is handed only the matrix products of a layer and
         computes the rest of it again, or is handed everything.
+      attention: "auto" takes the backend's fused kernel, "xla" never does.
     """
-    graphdef, _ = _split(config, scan_layers, keep_products)
+    graphdef, _ = _split(config, scan_layers, keep_products, attention)
     dtype = jnp.dtype(dtype)
 
     def embed(

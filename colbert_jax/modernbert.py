@@ -14,6 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from colbert_jax.attention import attend
 from colbert_jax.sharding import Axes, constrain
 
 # What the backward pass of a layer keeps where it computes the rest again: the results of matrix
@@ -71,9 +72,10 @@ class ModernBertConfig:
         return (self.num_hidden_layers - 1) // self.global_attn_every_n_layers
 
 
-def rotary_angles(
-    length: int, head_size: int, theta: float
-) -> tuple[Float[Array, "T K"], Float[Array, "T K"]]:
+Angles = tuple[Float[Array, "T K"], Float[Array, "T K"]]  # cosines and sines of each token
+
+
+def rotary_angles(length: int, head_size: int, theta: float) -> Angles:
     """Cosines and sines of the rotary position embedding, in float32 (arXiv 2104.09864)."""
     frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
@@ -88,43 +90,6 @@ def rotate(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     return (x * cos[:, None] + turned * sin[:, None]).astype(x.dtype)
-
-
-def attention_masks(
-    attention_mask: Bool[Array, "B T"], local_attention: int
-) -> tuple[Bool[Array, "B 1 1 T"], Bool[Array, "#B 1 #T T"]]:
-    """Who may look at whom, for global and for local layers: both ends of the window included."""
-    everywhere = attention_mask[:, None, None, :]
-    length, reach = attention_mask.shape[1], local_attention // 2
-    if length <= reach + 1:
-        return everywhere, everywhere
-    position = jnp.arange(length)
-    near = jnp.abs(position[:, None] - position[None, :]) <= reach
-    return everywhere, everywhere & near[None, None]
-
-
-def attend(
-    query: Float[Array, "B T H K"],
-    key: Float[Array, "B T H K"],
-    value: Float[Array, "B T H K"],
-    mask: Bool[Array, "#B 1 #T T"],
-) -> Float[Array, "B T H K"]:
-    """Softmax attention, normalised in float32.
-
-    A row with nothing to look at gets 0, as PyTorch's `scaled_dot_product_attention` has it. Such
-    rows are padding or, in queries longer than half the window, expansion tokens, which score. A
-    finite lowest logit keeps NaN from them, which would poison the gradient of every parameter.
-    """
-    # Heads before tokens: both products are then plain batched matrix products, a third faster
-    # on CPU than the same einsum over strided heads.
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    scale = query.shape[-1] ** -0.5
-    logits = jnp.einsum("bhqk,bhtk->bhqt", query * scale, key, preferred_element_type=jnp.float32)
-    logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    gathered = jnp.einsum("bhqt,bhtk->bhqk", weights, value)
-    gathered = jnp.where(mask.any(axis=-1, keepdims=True), gathered, 0)
-    return jnp.swapaxes(gathered, 1, 2)
 
 
 def project(x: Float[Array, "B T E"], weight: Float[Array, "E *out"]) -> Float[Array, "B T *out"]:
@@ -178,15 +143,18 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T E"],
-        mask: Bool[Array, "#B 1 #T T"],
-        angles: tuple[Float[Array, "T K"], Float[Array, "T K"]],
+        attention_mask: Bool[Array, "B T"],
+        angles: Angles,
+        reach: int | None,
+        attention: str,
     ) -> Float[Array, "B T E"]:
-        """Lets every token gather from the tokens its mask row allows."""
+        """Lets every token gather from those that it may look at, as `attend` has it."""
         # Heads are the outermost of the merged axes, so that splitting them over `tensor` survives
         # the reshape.
         qkv = checkpoint_name(project(x, self.qkv[...]), "qkv")
         query, key, value = qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
-        gathered = attend(rotate(query, *angles), rotate(key, *angles), value, mask)
+        query, key = rotate(query, *angles), rotate(key, *angles)
+        gathered = attend(query, key, value, attention_mask, reach, attention)
         gathered = checkpoint_name(gathered.reshape(*x.shape[:2], -1), "attended")
         out = self.out[...]
         return checkpoint_name(project(gathered, out.reshape(-1, out.shape[-1])), "out")
@@ -224,12 +192,17 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T E"],
-        mask: Bool[Array, "#B 1 #T T"],
-        angles: tuple[Float[Array, "T K"], Float[Array, "T K"]],
+        attention_mask: Bool[Array, "B T"],
+        angles: Angles,
+        reach: int | None,
+        attention: str,
     ) -> Float[Array, "B T E"]:
         """Refines every token's vector once."""
-        x = x + self.attn(x if self.attn_norm is None else self.attn_norm(x), mask, angles)
-        return x + self.mlp(self.mlp_norm(x))
+        with jax.named_scope("attention_global" if reach is None else "attention_local"):
+            normed = x if self.attn_norm is None else self.attn_norm(x)
+            x = x + self.attn(normed, attention_mask, angles, reach, attention)
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.mlp_norm(x))
 
 
 class ModernBert(nnx.Module):
@@ -238,7 +211,8 @@ class ModernBert(nnx.Module):
     With `scan_layers`, the layers after layer 0 (which alone has no norm of its own) are one group
     (local, ..., local, global) that `jax.lax.scan` repeats over parameters that `stack_layers` has
     stacked; those that make no whole group follow. A group is compiled once. With `keep_products`,
-    the backward pass finds all but a layer's matrix products again from its input.
+    the backward pass finds all but a layer's matrix products again from its input. `attention` is
+    one of `ATTENTION`.
     """
 
     def __init__(
@@ -246,11 +220,13 @@ class ModernBert(nnx.Module):
         config: ModernBertConfig,
         scan_layers: bool = False,
         keep_products: bool = False,
+        attention: str = "auto",
         *,
         rngs: nnx.Rngs,
     ):
         self.config = config
         self.keep_products = keep_products
+        self.attention = attention
         self.tok_embeddings = init_weight(
             rngs,
             (config.vocab_size, config.hidden_size),
@@ -284,21 +260,21 @@ class ModernBert(nnx.Module):
           `hidden[batch, token, hidden_size]` in `dtype`, also at masked positions.
         """
         config = self.config
-        global_mask, local_mask = attention_masks(attention_mask, config.local_attention)
         length = input_ids.shape[1]
         global_angles = rotary_angles(length, config.head_size, config.global_rope_theta)
         local_angles = rotary_angles(length, config.head_size, config.local_rope_theta)
-        x = jnp.take(self.tok_embeddings[...], input_ids, axis=0).astype(dtype)
-        x = self.embedding_norm(constrain(x, "batch", "seq", None))
+        with jax.named_scope("embedding"):
+            x = jnp.take(self.tok_embeddings[...], input_ids, axis=0).astype(dtype)
+            x = self.embedding_norm(constrain(x, "batch", "seq", None))
 
         def apply(layer: Layer, index: int, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-            if config.is_global(index):
-                mask, angles = global_mask, global_angles
-            else:
-                mask, angles = local_mask, local_angles
+            everywhere = config.is_global(index)
+            reach = None if everywhere else config.local_attention // 2
+            angles = global_angles if everywhere else local_angles
 
             def refine(x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-                return constrain(layer(x, mask, angles), "batch", "seq", None)
+                x = layer(x, attention_mask, angles, reach, self.attention)
+                return constrain(x, "batch", "seq", None)
 
             if self.keep_products:
                 # Inside the loop over layers: around it, all would be found again at once.

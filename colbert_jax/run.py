@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from colbert_jax.attention import ATTENTION
 from colbert_jax.checkpoint import Checkpoints, config_leaves, read_config
 from colbert_jax.colbert import Params, make_embed, param_shapes
 from colbert_jax.data.encode import make_encode, sample_lengths
@@ -112,6 +113,7 @@ def run_phase(
             state = start_state(plain, model, optimizer, like)
         else:
             state, input_state = restore_state(checkpoints, like)
+            resumed = int(state.step)  # before the newest, where that one is damaged
             batches.set_state(input_state)
             write_json(workdir / CONFIG_FILE, plain)  # only now is it sure to fit the checkpoint
         facts = describe(config, model, corpus, mesh.size, workdir, resumed)
@@ -200,6 +202,7 @@ def check_settings(config: dict[str, Any]) -> None:
         ("loss", "exchange", ("gather", "ring")),
         ("model", "dtype", ("float32", "bfloat16")),
         ("model", "remat", REMAT),
+        ("model", "attention", ATTENTION),
     )
     for section, key, known in choices:
         if config[section][key] not in known:
@@ -220,7 +223,8 @@ def check_resume(workdir: Path, config: dict[str, Any]) -> None:
     """
     started = config_leaves(read_config(workdir / CONFIG_FILE))
     free = {"input.cache_dir", "input.threads", "input.workers", "input.tokenized"}
-    free |= {f"model.{key}" for key in ("dtype", "micro_batch", "lengths", "remat", "scan_layers")}
+    how = ("dtype", "micro_batch", "lengths", "remat", "scan_layers", "attention")
+    free |= {f"model.{key}" for key in how}
     for key, value in config_leaves(config).items():
         was = started.get(key)
         if value == was:

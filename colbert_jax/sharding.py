@@ -7,7 +7,7 @@ the same program runs there and on a pod.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -136,6 +136,38 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+
+
+def on_each_device(
+    function: Callable[..., jax.Array], inputs: Sequence[Axes], output: Axes
+) -> Callable[..., jax.Array]:
+    """Has every device of the current mesh run a function on its own part, with no exchange.
+
+    For kernels, which the compiler does not split over a mesh; an axis that does not divide by it
+    stays whole, and all compute the same. Inside a `shard_map`, its mesh axes are split already.
+
+    Args:
+      function: from arrays `x[*axes]` to one array.
+      inputs: logical names of the axes of each argument.
+      output: likewise of the result.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+
+    def run(*arrays: jax.Array) -> jax.Array:
+        shape = jax.eval_shape(function, *arrays).shape
+        return jax.shard_map(
+            function,
+            in_specs=tuple(
+                partition_spec(axes, x.shape, mesh) for axes, x in zip(inputs, arrays, strict=True)
+            ),
+            out_specs=partition_spec(output, shape, mesh),
+            axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+            check_vma=False,
+        )(*arrays)
+
+    return run
 
 
 def batch_shards(mesh: Mesh | AbstractMesh | None = None) -> int:

@@ -79,7 +79,9 @@ def build_step(
     """
     settings = config["model"]
     keep_products = settings["remat"] != "none"
-    embed = make_embed(model, settings["dtype"], settings["scan_layers"], keep_products)
+    embed = make_embed(
+        model, settings["dtype"], settings["scan_layers"], keep_products, settings["attention"]
+    )
 
     def encode_of(side: str) -> Encode:
         lengths: int | tuple[int, ...] = settings["lengths"]
@@ -140,27 +142,33 @@ def make_loss_fn(
         queries, query_tokens = encode_queries(params["model"], query, axes)
         documents, document_tokens = encode_documents(params["model"], flat, axes)
         if config["kind"] == "contrastive":
-            scores = maxsim_global(
-                queries,
-                documents,
-                query["scoring_mask"],
-                flat["scoring_mask"],
-                masked,
-                axes,
-                config["exchange"],
-            )
+            with jax.named_scope("maxsim"):
+                scores = maxsim_global(
+                    queries,
+                    documents,
+                    query["scoring_mask"],
+                    flat["scoring_mask"],
+                    masked,
+                    axes,
+                    config["exchange"],
+                )
             first = jax.lax.axis_index(axes) * count if axes else 0
             positives = (first + jnp.arange(count)) * per_query
             temperature = config["temperature"]
             if "log_temperature" in params["loss"]:
                 temperature = jnp.exp(params["loss"]["log_temperature"])
-            loss, accuracy = contrastive_loss(scores, positives, temperature)
+            with jax.named_scope("loss"):
+                loss, accuracy = contrastive_loss(scores, positives, temperature)
         else:
             candidates = documents.reshape(count, per_query, length, -1)
-            scores = maxsim_candidates(
-                queries, candidates, query["scoring_mask"], document["scoring_mask"], masked
-            )
-            loss, accuracy = distillation_loss(scores, batch["scores"], config["normalize_scores"])
+            with jax.named_scope("maxsim"):
+                scores = maxsim_candidates(
+                    queries, candidates, query["scoring_mask"], document["scoring_mask"], masked
+                )
+            with jax.named_scope("loss"):
+                loss, accuracy = distillation_loss(
+                    scores, batch["scores"], config["normalize_scores"]
+                )
         real = query["attention_mask"].sum() + document["attention_mask"].sum()
         return {
             "loss": loss,
@@ -201,12 +209,13 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics |= {
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-        }
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            metrics |= {
+                "grad_norm": optax.tree.norm(grads),
+                "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            }
         if "log_temperature" in state.params["loss"]:
             metrics["temperature"] = jnp.exp(state.params["loss"]["log_temperature"])
         return TrainState(state.step + 1, params, opt_state), metrics

@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
     config.model.lengths = 1  # static lengths that sorted texts are encoded in; 1: all full
     config.model.remat = "full"  # computed again in the backward pass; "names", "none": less
     config.model.scan_layers = False  # a loop over layers, compiled once, or one by one
+    config.model.attention = "auto"  # the fused kernel of the backend where it has one; "xla": none
     config.model.embedding_size = 128
     config.model.query_length = 24  # tokens
     config.model.document_length = 128  # tokens

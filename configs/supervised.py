@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
     config.model.lengths = 8  # static lengths that sorted texts are encoded in; 1: all full
     config.model.remat = "full"  # computed again in the backward pass; "names", "none": less
     config.model.scan_layers = True  # a loop over layers, compiled once, or one by one
+    config.model.attention = "auto"  # the fused kernel of the backend where it has one; "xla": none
     config.model.embedding_size = 128  # of the projection that a base encoder gets
     config.model.query_length = 32 + 7  # tokens; the prompt takes the 7
     config.model.document_length = 512 + 7  # tokens
