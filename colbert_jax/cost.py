@@ -15,9 +15,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Num
 
+from colbert_jax.attention import BANDED_FROM, LANES
 from colbert_jax.colbert import ColbertConfig, param_shapes
 from colbert_jax.maxsim import KEPT_WINNERS, TILE_SIMILARITIES
+
+
+Lengths = Num[Array, "..."] | Num[np.ndarray, "..."]  # of texts, in tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +71,17 @@ class Work:
     """What one chip does in a step.
 
     Attributes:
-      model_flops: of forward and backward pass, nothing twice; what utilisation is measured by.
-      hardware_flops: with what is computed again or only for the sake of a matrix unit.
+      hardware_flops: of forward and backward pass, with what is computed again, masked, or only for
+        the sake of a matrix unit.
       memory_bytes: to and from memory, an estimate.
       score_flops: of the hardware FLOPs those of MaxSim, behind which a ring's handovers hide.
+      model_flops: of a whole step, what `model_flops` says: what utilisation is measured by.
     """
 
-    model_flops: float
     hardware_flops: float
     memory_bytes: float
     score_flops: float = 0.0
+    model_flops: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
         """Both together."""
@@ -102,20 +109,77 @@ class Roofline:
         return max(self.compute, self.memory) + self.network
 
 
-def encoder_flops(model: ColbertConfig, texts: int, length: int) -> float:
-    """FLOPs of the forward pass over `ids[texts, length]`; products alone, 2 a multiply-add.
+def model_flops(model: ColbertConfig, kind: str, queries: Lengths, documents: Lengths) -> Any:
+    """FLOPs that a training step on texts of these lengths asks for: the numerator of MFU.
 
-    A token takes 2 E (3 E + E) for the attention's projections, 2 E 3 F for the gated MLP and
-    4 T E for logits and values: local layers compute all T x T logits and mask them.
+    Products alone, 2 FLOPs a multiply-add, from the definition of the model and not from what a
+    program does: no padding, no pair of tokens outside of a window, nothing twice. The backward
+    pass of the encoder takes two products for each of the forward pass, that of MaxSim touches only
+    winners: 2 S T D forward and 4 S D backward for a pair of texts.
+
+    Args:
+      model: the model's shape.
+      kind: of the loss; "contrastive" scores all pairs of a batch, "distillation" those of a query
+        with its K candidates.
+      queries: `lengths[query]` in tokens.
+      documents: `lengths[query, candidate]`.
+
+    Returns:
+      A scalar: float64 from numpy's arrays, float32 from JAX's.
     """
+    queries, documents = queries.astype(float), documents.astype(float)
+    encoder = encoder_flops(model, queries) + encoder_flops(model, documents)
+    if kind == "contrastive":
+        met = documents.sum()
+        rivals = float(documents.size)
+    else:
+        met = documents.sum(axis=1)
+        rivals = float(documents.shape[1])
+    scores = (queries * (2 * met + 4 * rivals)).sum() * model.embedding_size
+    return 3 * encoder + scores
+
+
+def encoder_flops(model: ColbertConfig, lengths: Lengths) -> Any:
+    """FLOPs of the encoder's forward pass over texts of these lengths, as `model_flops` counts.
+
+    A token takes 2 E (3 E + E) for the attention's projections and 2 E 3 F for the gated MLP; a
+    pair of tokens, of which one may look at the other, 4 E for logit and value.
+    """
+    encoder, reach = model.encoder, model.encoder.local_attention // 2
+    near = (lengths - 1).clip(0, reach)
+    in_window = lengths * (2 * near + 1) - near * (near + 1)
+    everywhere = len([i for i in range(encoder.num_hidden_layers) if encoder.is_global(i)])
+    pairs = everywhere * lengths**2 + (encoder.num_hidden_layers - everywhere) * in_window
+    return (lengths * token_flops(model) + 4.0 * encoder.hidden_size * pairs).sum()
+
+
+def token_flops(model: ColbertConfig) -> float:
+    """FLOPs of the encoder's forward pass that each token takes, whatever stands beside it."""
     encoder = model.encoder
     hidden, width = encoder.hidden_size, encoder.intermediate_size
-    layer = 8 * hidden**2 + 6 * hidden * width + 4 * length * hidden
     projection = 0
     for dense in model.projection:
         widens = dense.use_residual and dense.in_features != dense.out_features
         projection += 2 * dense.in_features * dense.out_features * (2 if widens else 1)
-    return float(texts * length) * (encoder.num_hidden_layers * layer + projection)
+    return float(encoder.num_hidden_layers * (8 * hidden**2 + 6 * hidden * width) + projection)
+
+
+def logits_of(model: ColbertConfig, length: int) -> float:
+    """Pairs of tokens that all layers together compute a logit for, in a text of a length.
+
+    Local layers compute all pairs and mask them, or, in long texts, three blocks of keys for a
+    block of queries.
+    """
+    encoder, reach = model.encoder, model.encoder.local_attention // 2
+    everywhere = len([i for i in range(encoder.num_hidden_layers) if encoder.is_global(i)])
+    seen = min(3 * reach, length) if length >= BANDED_FROM * reach else length
+    return float(length * (everywhere * length + (encoder.num_hidden_layers - everywhere) * seen))
+
+
+def forward_flops(model: ColbertConfig, texts: int, length: int) -> float:
+    """FLOPs of the encoder's forward pass over `ids[texts, length]` as it is computed."""
+    logits = 4.0 * model.encoder.hidden_size * logits_of(model, length)
+    return texts * (length * token_flops(model) + logits)
 
 
 def recomputed_flops(
@@ -125,11 +189,10 @@ def recomputed_flops(
     if settings["remat"] == "none":
         return 0.0
     # Of a layer, the logits: all other products are kept.
-    layers, hidden = model.encoder.num_hidden_layers, model.encoder.hidden_size
-    again = float(texts * length) * layers * 2 * length * hidden
+    again = texts * 2.0 * model.encoder.hidden_size * logits_of(model, length)
     in_parts = 0 < settings["micro_batch"] < texts or lengths > 1
     if settings["remat"] == "full" and in_parts:
-        again += encoder_flops(model, texts, length)
+        again += forward_flops(model, texts, length)
     return again
 
 
@@ -140,7 +203,12 @@ def parameter_count(model: ColbertConfig) -> int:
 
 
 def encoder_work(
-    model: ColbertConfig, texts: int, length: int, settings: Mapping[str, Any], lengths: int = 1
+    model: ColbertConfig,
+    texts: int,
+    length: int,
+    settings: Mapping[str, Any],
+    lengths: int = 1,
+    fused: bool = False,
 ) -> Work:
     """Forward and backward pass of the encoder over one device's texts, at full length.
 
@@ -148,8 +216,8 @@ def encoder_work(
 
     Bytes, an estimate: a layer's arrays are written once and read once in the forward pass, and
     twice as much happens in the backward pass. For each token these are qkv, rotated queries and
-    keys, attended, out, residuals and norms (11 E), gate, up and their product (3 F), and H T
-    logits in float32 and weights. Parameters are read (float32) by each pass over each micro-batch,
+    keys, attended, out, residuals and norms (11 E), gate, up and their product (3 F), and, where
+    attention is not fused, logits in float32 and weights. Parameters are read (float32) by each pass over each micro-batch,
     and where there are several, the sum of gradients is read and written and the new part written.
 
     Args:
@@ -158,22 +226,23 @@ def encoder_work(
       length: tokens of a text.
       settings: `config.model`.
       lengths: static lengths that texts are encoded in.
+      fused: whether logits stay on the chip.
     """
     encoder = model.encoder
-    forward = encoder_flops(model, texts, length)
+    forward = forward_flops(model, texts, length)
     again = recomputed_flops(model, texts, length, settings, lengths)
     passes = 3 + (1 if again >= forward else 0)
     item = jnp.dtype(settings["dtype"]).itemsize
     values = 11 * encoder.hidden_size + 3 * encoder.intermediate_size
-    logits = encoder.num_attention_heads * length
-    token = 2 * (values * item + logits * (4 + item))
-    activations = float(texts * length) * encoder.num_hidden_layers * token * passes
+    logits = 0.0 if fused else encoder.num_attention_heads * logits_of(model, length)
+    each = encoder.num_hidden_layers * length * values * item + logits * (4 + item)
+    activations = texts * 2.0 * each * passes
     parts = math.ceil(texts / min(settings["micro_batch"] or texts, texts))
     table = encoder.vocab_size * encoder.hidden_size  # a text reads few of its rows
     products = 4.0 * (parameter_count(model) - table)
     gradients = 4.0 * parameter_count(model) * (3 if parts > 1 else 1)
     weights = parts * ((passes - 1) * products + gradients)
-    return Work(3 * forward, 3 * forward + again, activations + weights)
+    return Work(3 * forward + again, activations + weights)
 
 
 def maxsim_work(
@@ -205,7 +274,7 @@ def maxsim_work(
     again = 0 if kept else 1
     moved = tiles * per_tile * (2 * (2 + again) + 8) + 3.0 * count * tokens * total
     hardware = (1 + again) * forward + backward
-    return Work(forward + sparse, hardware, moved, score_flops=hardware)
+    return Work(hardware, moved, score_flops=hardware)
 
 
 def candidates_work(queries: tuple[int, int, int], documents: tuple[int, int, int]) -> Work:
@@ -219,13 +288,12 @@ def candidates_work(queries: tuple[int, int, int], documents: tuple[int, int, in
     """
     (count, tokens, dim), (total, length, _) = queries, documents
     forward = 2.0 * count * total * tokens * length * dim
-    sparse = 4.0 * count * total * tokens * dim
-    return Work(forward + sparse, 3 * forward, 16.0 * count * total * tokens * length)
+    return Work(3 * forward, 16.0 * count * total * tokens * length)
 
 
 def optimizer_work(model: ColbertConfig, parameter_shards: int) -> Work:
     """Adam in float32: reads parameter, gradient and two moments, writes all but the gradient."""
-    return Work(0.0, 0.0, 7 * 4.0 * parameter_count(model) / parameter_shards)
+    return Work(0.0, 7 * 4.0 * parameter_count(model) / parameter_shards)
 
 
 def step_work(
@@ -247,8 +315,13 @@ def step_work(
     documents = queries * config["input"]["max_documents"]
     short, long, dim = settings["query_length"], settings["document_length"], model.embedding_size
     query_lengths = 1 if settings["do_query_expansion"] else settings["lengths"]
-    encoder = encoder_work(model, queries, short, settings, query_lengths)
-    encoder += encoder_work(model, documents, long, settings, settings["lengths"])
+    kernels = accelerator and settings["attention"] == "auto"
+    encoder = encoder_work(
+        model, queries, short, settings, query_lengths, kernels and short > LANES
+    )
+    encoder += encoder_work(
+        model, documents, long, settings, settings["lengths"], kernels and long > LANES
+    )
     encoder = Work(*(value / tensor for value in dataclasses.astuple(encoder)))
     if loss["kind"] == "contrastive":
         met = documents * shards
@@ -259,7 +332,10 @@ def step_work(
     else:
         candidates = config["input"]["max_documents"]
         score = candidates_work((queries, short, dim), (candidates, long, dim))
-    return encoder + score + optimizer_work(model, mesh["fsdp"] * tensor)
+    work = encoder + score + optimizer_work(model, mesh["fsdp"] * tensor)
+    full = np.full(queries * shards, short), np.full((queries * shards, documents // queries), long)
+    asked = float(model_flops(model, loss["kind"], *full)) / (shards * tensor)
+    return dataclasses.replace(work, model_flops=asked)
 
 
 def step_traffic(

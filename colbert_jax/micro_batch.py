@@ -116,10 +116,10 @@ def fit_lengths(sample: Sequence[int], longest: int, count: int) -> tuple[int, .
     return tuple(ends[i] for i in reversed(chosen))
 
 
-def used_lengths(tokens: Tokens) -> Int[Array, "B"]:
+def used_lengths(tokens: Tokens) -> Int[Array, "*texts"]:
     """Tokens of each text up to the last that is looked at or scored, at least 1."""
     used = tokens["attention_mask"] | tokens["scoring_mask"]
-    return jnp.where(used, jnp.arange(1, used.shape[1] + 1), 1).max(axis=1)
+    return jnp.where(used, jnp.arange(1, used.shape[-1] + 1), 1).max(axis=-1)
 
 
 def _at_length(embed: Embed, length: int, longest: int, dtype: Any) -> Embed:

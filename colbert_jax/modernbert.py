@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from colbert_jax.attention import attend
+from colbert_jax.lookup import look_up
 from colbert_jax.sharding import Axes, constrain
 
 # What the backward pass of a layer keeps where it computes the rest again: the results of matrix
@@ -264,7 +265,7 @@ class ModernBert(nnx.Module):
         global_angles = rotary_angles(length, config.head_size, config.global_rope_theta)
         local_angles = rotary_angles(length, config.head_size, config.local_rope_theta)
         with jax.named_scope("embedding"):
-            x = jnp.take(self.tok_embeddings[...], input_ids, axis=0).astype(dtype)
+            x = look_up(self.tok_embeddings[...], input_ids).astype(dtype)
             x = self.embedding_norm(constrain(x, "batch", "seq", None))
 
         def apply(layer: Layer, index: int, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:

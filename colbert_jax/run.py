@@ -23,6 +23,7 @@ from colbert_jax.export import export_run
 from colbert_jax.huggingface import Model
 from colbert_jax.interruption import LOCK_FILE, hold_workdir, stop_notice
 from colbert_jax.metric_log import MetricLog, draw_curves
+from colbert_jax.rates import Rates, peak_rates
 from colbert_jax.report import write_report
 from colbert_jax.results import Results, results_table, write_json
 from colbert_jax.sessions import note_session
@@ -116,9 +117,10 @@ def run_phase(
             resumed = int(state.step)  # before the newest, where that one is damaged
             batches.set_state(input_state)
             write_json(workdir / CONFIG_FILE, plain)  # only now is it sure to fit the checkpoint
-        facts = describe(config, model, corpus, mesh.size, workdir, resumed)
+        peak = peak_rates(config.model.dtype)
+        facts = describe(config, model, corpus, mesh.size, workdir, resumed, peak)
         if int(state.step) < config.total_steps:
-            note_session(workdir, resumed or 0, mesh.size, facts)
+            note_session(workdir, resumed or 0, mesh.size, peak, facts)
 
         # How well it ranks, before, during and after.
         log = MetricLog(workdir, resume_step=resumed)
@@ -139,7 +141,7 @@ def run_phase(
                 batches,
                 mesh=mesh,
                 total_steps=config.total_steps,
-                batch_size=config.input.batch_size,
+                peak_flops=peak.flops * mesh.size,
                 log_every_steps=config.log_every_steps,
                 log=log,
                 checkpoints=checkpoints,
@@ -259,6 +261,7 @@ def describe(
     devices: int,
     workdir: Path,
     resumed: int | None,
+    peak: Rates,
 ) -> dict[str, Any]:
     """Logs what is about to run, and returns the sizes of model and data."""
     parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(param_shapes(model.config)))
@@ -267,7 +270,7 @@ def describe(
     epoch = batches_per_epoch(corpus.sources, batch_size)
     logger.info(
         "%s: %s parameters on %d %s device(s); %s rows in %d source(s), %d batches of %d an epoch; "
-        "%s of %d steps",
+        "%s of %d steps; MFU is a share of %.4g TFLOP/s a device (%s)",
         workdir,
         f"{parameters:,}",
         devices,
@@ -278,6 +281,8 @@ def describe(
         batch_size,
         "the first" if resumed is None else f"going on after {resumed}",
         config.total_steps,
+        peak.flops / 1e12,
+        peak.source,
     )
     return {
         "parameters": parameters,

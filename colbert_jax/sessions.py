@@ -11,18 +11,22 @@ from typing import Any
 
 import jax
 
+from colbert_jax.rates import Rates
 from colbert_jax.results import write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
-def note_session(workdir: Path, first_step: int, devices: int, facts: Mapping[str, Any]) -> None:
+def note_session(
+    workdir: Path, first_step: int, devices: int, peak: Rates, facts: Mapping[str, Any]
+) -> None:
     """Adds this start, or going on, to the run's sessions.
 
     Args:
       workdir: the run's folder.
       first_step: updates made before.
       devices: how many are used.
+      peak: of one device, what MFU is a share of.
       facts: what is the same in all sessions: sizes of model and data.
     """
     session = {
@@ -32,6 +36,8 @@ def note_session(workdir: Path, first_step: int, devices: int, facts: Mapping[st
         "backend": jax.default_backend(),
         "device_kind": jax.devices()[0].device_kind,
         "devices": devices,
+        "peak_flops": peak.flops,
+        "peak_flops_source": peak.source,
         "processes": jax.process_count(),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},

@@ -22,11 +22,12 @@ from colbert_jax.colbert import (
     param_shapes,
     scanned_params,
 )
+from colbert_jax.cost import model_flops
 from colbert_jax.errors import UserError
 from colbert_jax.losses import contrastive_loss, distillation_loss
 from colbert_jax.maxsim import maxsim_candidates, maxsim_global
 from colbert_jax.metric_log import MetricLog
-from colbert_jax.micro_batch import Encode, fit_lengths, make_encode
+from colbert_jax.micro_batch import Encode, fit_lengths, make_encode, used_lengths
 from colbert_jax.optimizer import build_optimizer
 from colbert_jax.sharding import (
     AXIS_RULES,
@@ -103,7 +104,12 @@ def build_step(
         total_steps=config["total_steps"],
         batch_size=config["input"]["batch_size"],
     )
-    return make_train_step(loss_fn, optimizer, schedule), optimizer
+
+    def count_flops(batch: Batch) -> Float[Array, ""]:
+        lengths = used_lengths(batch["query"]), used_lengths(batch["document"])
+        return model_flops(model, config["loss"]["kind"], *lengths)
+
+    return make_train_step(loss_fn, optimizer, schedule, count_flops), optimizer
 
 
 def make_loss_fn(
@@ -203,9 +209,19 @@ def make_loss_fn(
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    count_flops: Callable[[Batch], Float[Array, ""]],
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Makes the compiled `train_step(state, batch) -> (state, metrics)`; the state is donated."""
+    """Makes the compiled `train_step(state, batch) -> (state, metrics)`; the state is donated.
+
+    Args:
+      loss_fn: from `make_loss_fn`.
+      optimizer: what becomes of the gradient.
+      schedule: the learning rate, for the metrics.
+      count_flops: what a batch asks for, the metric `model_flops`.
+    """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
@@ -216,6 +232,7 @@ def make_train_step(
                 "grad_norm": optax.tree.norm(grads),
                 "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             }
+        metrics["model_flops"] = count_flops(batch)
         if "log_temperature" in state.params["loss"]:
             metrics["temperature"] = jnp.exp(state.params["loss"]["log_temperature"])
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -390,7 +407,7 @@ def train(
     *,
     mesh: Mesh,
     total_steps: int,
-    batch_size: int,
+    peak_flops: float,
     log_every_steps: int,
     log: MetricLog,
     checkpoints: Checkpoints,
@@ -406,7 +423,7 @@ def train(
       batches: the input, at the state's position.
       mesh: the mesh of the run.
       total_steps: updates to have made in the end.
-      batch_size: pairs of a global batch.
+      peak_flops: FLOP/s of all devices, what `train/mfu` is a share of.
       log_every_steps: metrics are fetched, logged and shown at multiples of it; 0 leaves only the
         last step's.
       log: takes the metrics.
@@ -445,8 +462,9 @@ def train(
                 steps, now = step - last_logged, time.perf_counter()
                 seconds = (now - since) / steps
                 values |= {
-                    "train/pairs_per_second": batch_size / seconds,
+                    "train/pairs_per_second": len(jax.tree.leaves(batch)[0]) / seconds,
                     "train/tokens_per_second": values.pop("train/tokens") / seconds,
+                    "train/mfu": values.pop("train/model_flops") / seconds / peak_flops,
                     "time/step": seconds,
                     "time/data_wait": waited / steps,
                 }

@@ -71,6 +71,7 @@ def make_log(steps: int = 40, every: int = 2, collection: str = "held_out") -> l
                     "train/real_tokens": 0.6 + 0.1 * math.sin(step),
                     "train/pairs_per_second": 190.0,
                     "train/tokens_per_second": 17_000.0,
+                    "train/mfu": 0.31,
                     "time/step": 0.5,
                     "time/data_wait": 0.01,
                 }

@@ -58,10 +58,11 @@ OPTIMIZER = {
     "clip_norm": 1.0,
     "gradient_of": "mean",
 }
+MODEL_FLOPS, PEAK_FLOPS = 3e9, 1e12
 TRAIN_METRICS = {
     *(
         f"train/{name}"
-        for name in ("loss", "accuracy", "grad_norm", "learning_rate", "real_tokens")
+        for name in ("loss", "accuracy", "grad_norm", "learning_rate", "real_tokens", "mfu")
     ),
     *("train/pairs_per_second", "train/tokens_per_second", "time/step", "time/data_wait"),
 }
@@ -136,7 +137,8 @@ def overfit(workdir: Path, batch: Batch, dtype: str = "float32", **loss: Any) ->
     learn = loss.pop("learn_temperature", False)
     optimizer, schedule = build_optimizer(OPTIMIZER, total_steps=TOTAL_STEPS, batch_size=BATCH)
     encode = make_encode(make_embed(MODEL, dtype))
-    step = make_train_step(make_loss_fn(LOSS | loss, encode, encode), optimizer, schedule)
+    loss_fn = make_loss_fn(LOSS | loss, encode, encode)
+    step = make_train_step(loss_fn, optimizer, schedule, lambda batch: jnp.float32(MODEL_FLOPS))
     like = abstract_state(MODEL, optimizer, mesh, learn)
     extra = {"log_temperature": jnp.log(jnp.float32(LOSS["temperature"]))} if learn else {}
     input_ = Repeat(batch)
@@ -154,7 +156,7 @@ def overfit(workdir: Path, batch: Batch, dtype: str = "float32", **loss: Any) ->
             input_,
             mesh=mesh,
             total_steps=TOTAL_STEPS,
-            batch_size=BATCH,
+            peak_flops=PEAK_FLOPS,
             log_every_steps=10,
             log=log,
             checkpoints=checkpoints,
@@ -295,6 +297,9 @@ def test_the_log_has_every_metric_at_every_tenth_step(contrastive: Trained) -> N
         assert row["time/step"] > row["time/data_wait"] >= 0
         np.testing.assert_allclose(row["train/pairs_per_second"], BATCH / row["time/step"])
         assert row["train/tokens_per_second"] > row["train/pairs_per_second"]
+        np.testing.assert_allclose(
+            row["train/mfu"], MODEL_FLOPS / row["time/step"] / PEAK_FLOPS, rtol=1e-5
+        )
     # The rate is that of the update before the row's step: linear to 0 at the end.
     rate = OPTIMIZER["learning_rate"] * (TOTAL_STEPS - 39) / (TOTAL_STEPS - 4)
     np.testing.assert_allclose(rows[-1]["train/learning_rate"], rate, rtol=1e-4)
@@ -323,14 +328,14 @@ def test_checkpoints_are_saved_when_due_and_at_the_end(contrastive: Trained) -> 
 @pytest.mark.parametrize("every, steps", [(0, [5]), (1, [1, 2, 3, 4, 5]), (3, [3, 5])])
 def test_the_last_step_is_always_logged(tmp_path: Path, every: int, steps: list[int]) -> None:
     mesh, log = make_mesh(), MetricLog(tmp_path)
-    metrics = {name: jnp.float32(1) for name in ("loss", "accuracy", "tokens")}
+    metrics = {name: jnp.float32(1) for name in ("loss", "accuracy", "tokens", "model_flops")}
     train(
         TrainState(jnp.int32(0), {"model": {}, "loss": {}}, {}),
         lambda state, batch: (dataclasses.replace(state, step=state.step + 1), metrics),
         Repeat({"x": np.zeros((8, 1), np.float32)}),
         mesh=mesh,
         total_steps=5,
-        batch_size=8,
+        peak_flops=PEAK_FLOPS,
         log_every_steps=every,
         log=log,
         checkpoints=NoCheckpoints(),
@@ -346,7 +351,7 @@ def test_the_next_batch_is_sent_while_the_devices_are_at_this_one(
 ) -> None:
     events: list[str] = []
     batches = Repeat({"x": np.zeros((8, 1), np.float32)})
-    metrics = {name: jnp.float32(1) for name in ("loss", "accuracy", "tokens")}
+    metrics = {name: jnp.float32(1) for name in ("loss", "accuracy", "tokens", "model_flops")}
 
     def place(batch: Batch, mesh: Any) -> Batch:
         events.append(f"send {batches.count}")
@@ -376,7 +381,7 @@ def test_the_next_batch_is_sent_while_the_devices_are_at_this_one(
         batches,
         mesh=make_mesh(),
         total_steps=3,
-        batch_size=8,
+        peak_flops=PEAK_FLOPS,
         log_every_steps=1,
         log=log,
         checkpoints=Noted(),

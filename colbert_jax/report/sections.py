@@ -192,6 +192,7 @@ _FACTS: list[tuple[str, Callable[[Run], str | None]]] = [
     ("Time a step (median)", _middle("time/step", numbers.duration)),
     ("Pairs/s (median)", _middle("train/pairs_per_second", numbers.count)),
     ("Tokens/s (median)", _middle("train/tokens_per_second", numbers.count)),
+    ("MFU (median)", _middle("train/mfu", numbers.percent)),
     ("Padding (median)", _middle("train/real_tokens", lambda y: numbers.percent(1 - y))),
     ("Devices", _of_session(_devices)),
     ("Processes", _of_session(lambda session: session.processes)),
@@ -557,6 +558,7 @@ _TRAINING = {
 _SPEED = {
     "train/pairs_per_second": Panel("Pairs a second", zero=True),
     "train/tokens_per_second": Panel("Tokens a second", "without padding", zero=True),
+    "train/mfu": Panel("MFU", "share of the devices' peak", form="percent", zero=True),
     "padding": Panel("Padding", "share of processed tokens", form="percent", zero=True),
     "waiting": Panel("Waiting for data", "share of the step time", form="percent", zero=True),
     "time/step": Panel("Time a step", form="seconds", zero=True),
