@@ -1,6 +1,7 @@
 """The training step and loop: what they learn, what they keep, what they log."""
 
 import dataclasses
+import gc
 import json
 import subprocess
 import sys
@@ -283,6 +284,20 @@ def test_the_loss_is_that_of_the_parameters_before_the_update(contrastive: Train
         int(contrastive.input.batch[side]["attention_mask"].sum()) for side in ("query", "document")
     )
     assert float(logged["tokens"]) == float(metrics["tokens"]) == real
+
+
+def test_python_collects_no_garbage_while_a_step_is_traced_but_afterwards() -> None:
+    seen = []
+
+    def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        seen.append(gc.isenabled())
+        return jnp.sum(params["model"]), {}
+
+    optimizer, schedule = build_optimizer(OPTIMIZER, total_steps=TOTAL_STEPS, batch_size=BATCH)
+    step = make_train_step(loss_fn, optimizer, schedule, lambda batch: jnp.float32(0))
+    params = {"model": jnp.ones(3), "loss": {}}
+    step(TrainState(jnp.int32(0), params, optimizer.init(params)), {})
+    assert seen == [False] and gc.isenabled()
 
 
 # --- the loop ---
