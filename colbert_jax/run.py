@@ -4,10 +4,11 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -16,7 +17,7 @@ from colbert_jax.checkpoint import Checkpoints, config_leaves, read_config
 from colbert_jax.colbert import Params, make_embed, param_shapes
 from colbert_jax.data.encode import make_encode, sample_lengths
 from colbert_jax.data.inputs import Corpus, open_corpus, open_tokens
-from colbert_jax.data.pipeline import batches_per_epoch, make_batches
+from colbert_jax.data.pipeline import Batches, batches_per_epoch, make_batches
 from colbert_jax.errors import Interrupted, UserError
 from colbert_jax.evals import Evals, check_evals, open_collections
 from colbert_jax.export import export_run
@@ -31,6 +32,9 @@ from colbert_jax.sharding import join_hosts, make_mesh
 from colbert_jax.start import CONFIG_FILE, is_run, open_model, start_state
 from colbert_jax.train import (
     REMAT,
+    Batch,
+    Metrics,
+    TrainState,
     abstract_state,
     build_step,
     check_batch,
@@ -88,27 +92,10 @@ def run_phase(
     model = open_model(plain, workdir, corpus, fresh=resumed is None)
     if config.input.tokenized:
         corpus = open_tokens(corpus, model.tokenizer)
-    batches = make_batches(
-        corpus.sources,
-        encode=make_encode(model.tokenizer),
-        batch_size=config.input.batch_size,
-        max_documents=config.input.max_documents,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        workers=config.input.workers,
-        threads=config.input.threads,
-    )
 
-    # The model, the loss, the step.
-    embed = make_embed(model.config, config.model.dtype)
-    sample = None
-    if config.model.lengths > 1:
-        sample = sample_lengths(
-            corpus.sources, make_encode(model.tokenizer), config.input.max_documents
-        )
-    train_step, optimizer = build_step(plain, model.config, sample)
-    like = abstract_state(model.config, optimizer, mesh, config.loss.learn_temperature)
+    # The batches, the model, the loss, the step.
+    batches, train_step, optimizer, like = open_training(plain, corpus, model, mesh)
+    embed = make_embed(model.config, config.model.dtype, attention=config.model.attention)
     with jax.set_mesh(mesh):
         if resumed is None:
             state = start_state(plain, model, optimizer, like)
@@ -164,6 +151,44 @@ def run_phase(
         draw_curves(workdir)
         finish(config, int(state.step), workdir, evals.results)
     return evals.results
+
+
+class Training(NamedTuple):
+    """What a run trains with.
+
+    Attributes:
+      batches: its input, from the first batch on.
+      train_step: `train_step(state, batch) -> (state, metrics)`, not compiled yet.
+      optimizer: initialises the state.
+      like: shapes and layout of the state.
+    """
+
+    batches: Batches
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    optimizer: optax.GradientTransformation
+    like: TrainState
+
+
+def open_training(config: dict[str, Any], corpus: Corpus, model: Model, mesh: Mesh) -> Training:
+    """The batches of a corpus, of text or of tokens, and the step that trains a model on them."""
+    settings, encode = config["input"], make_encode(model.tokenizer)
+    batches = make_batches(
+        corpus.sources,
+        encode=encode,
+        batch_size=settings["batch_size"],
+        max_documents=settings["max_documents"],
+        seed=config["seed"],
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workers=settings["workers"],
+        threads=settings["threads"],
+    )
+    sample = None
+    if config["model"]["lengths"] > 1:
+        sample = sample_lengths(corpus.sources, encode, settings["max_documents"])
+    train_step, optimizer = build_step(config, model.config, sample)
+    like = abstract_state(model.config, optimizer, mesh, config["loss"]["learn_temperature"])
+    return Training(batches, train_step, optimizer, like)
 
 
 def keep_compiled(folder: str) -> None:
