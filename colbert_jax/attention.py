@@ -24,12 +24,14 @@ logger = logging.getLogger(__name__)
 # plain XLA elsewhere; "xla" never uses a kernel.
 ATTENTION = ("auto", "xla")
 
-# From this many window reaches on, local layers are computed in blocks. On CPU, 64 texts, forward
-# and backward: see docs/performance.md.
-BANDED_FROM = 4
+# From this many window reaches on, XLA computes local layers in blocks. On CPU measured, forward and
+# backward; on TPU by XLA's own estimate for v5e, by which blocks cost more than they save before.
+# docs/performance.md has the figures.
+BANDED_FROM = {"cpu": 4, "gpu": 4, "tpu": 16}
 
-# A kernel of TPU works on tiles of this many tokens. Below, plain XLA has less to compute: queries
-# of 39 tokens would be padded threefold.
+# From this many tokens on, TPUs get the kernel. Below, by the same estimate, moving heads to where it
+# wants them and filling up its tiles of 128 tokens costs more than the logits that it spares memory.
+SPLASH_FROM = 512
 LANES = 128
 SPLASH_BLOCK = 512  # tokens of a tile, at most; of local layers half of it
 
@@ -64,7 +66,8 @@ def attend(
         reach = None  # the window holds the whole text
     form = _best_form(query.shape[1], query.dtype, reach) if attention == "auto" else None
     if form is None:
-        form = _banded if reach and query.shape[1] >= BANDED_FROM * reach else _plain
+        in_blocks = reach and query.shape[1] >= BANDED_FROM[platform()] * reach
+        form = _banded if in_blocks else _plain
         gathered = form(query, key, value, attention_mask, reach)
     else:
         # A kernel is not split by the compiler: each device runs its own, on its texts and heads.
@@ -144,7 +147,7 @@ def _softmax(logits, mask):
 def _best_form(length: int, dtype: jnp.dtype, reach: int | None) -> Form | None:
     """The backend's fused kernel for texts of a length; None where plain XLA does as well."""
     kind = platform()
-    if kind == "tpu" and length > LANES:
+    if kind == "tpu" and length >= SPLASH_FROM:
         return _splash
     if kind == "gpu":
         return _gpu_form(jnp.dtype(dtype).itemsize == 2)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Num
 
-from colbert_jax.attention import BANDED_FROM, LANES
+from colbert_jax.attention import BANDED_FROM, SPLASH_FROM
 from colbert_jax.colbert import ColbertConfig, param_shapes
 from colbert_jax.maxsim import KEPT_WINNERS, TILE_SIMILARITIES
 
@@ -172,7 +172,7 @@ def logits_of(model: ColbertConfig, length: int) -> float:
     """
     encoder, reach = model.encoder, model.encoder.local_attention // 2
     everywhere = len([i for i in range(encoder.num_hidden_layers) if encoder.is_global(i)])
-    seen = min(3 * reach, length) if length >= BANDED_FROM * reach else length
+    seen = min(3 * reach, length) if length >= BANDED_FROM["cpu"] * reach else length
     return float(length * (everywhere * length + (encoder.num_hidden_layers - everywhere) * seen))
 
 
@@ -317,10 +317,10 @@ def step_work(
     query_lengths = 1 if settings["do_query_expansion"] else settings["lengths"]
     kernels = accelerator and settings["attention"] == "auto"
     encoder = encoder_work(
-        model, queries, short, settings, query_lengths, kernels and short > LANES
+        model, queries, short, settings, query_lengths, kernels and short >= SPLASH_FROM
     )
     encoder += encoder_work(
-        model, documents, long, settings, settings["lengths"], kernels and long > LANES
+        model, documents, long, settings, settings["lengths"], kernels and long >= SPLASH_FROM
     )
     encoder = Work(*(value / tensor for value in dataclasses.astuple(encoder)))
     if loss["kind"] == "contrastive":

@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from colbert_jax.attention import attend
 from colbert_jax.lookup import look_up
-from colbert_jax.sharding import Axes, constrain
+from colbert_jax.sharding import Axes, constrain, platform
 
 # What the backward pass of a layer keeps where it computes the rest again: the results of matrix
 # products, under the names that they have below. Attention's logits are not among them, which are
@@ -88,9 +89,30 @@ def rotate(
     x: Float[Array, "B T H K"], cos: Float[Array, "T K"], sin: Float[Array, "T K"]
 ) -> Float[Array, "B T H K"]:
     """Turns each head by its position's angles, pairing element k with element k + K/2."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
+    if platform() == "tpu":
+        turned = _turn_by_product(x)
+    else:
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        turned = jnp.concatenate([-second, first], axis=-1)
     return (x * cos[:, None] + turned * sin[:, None]).astype(x.dtype)
+
+
+def _turn_by_product(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
+    """The halves of each head swapped, the first negated, in float32: exact, by a matrix of signs.
+
+    Halves of 32 elements lie across the lanes of a TPU, where to move them costs more than a product
+    that its matrix unit does anyway: by XLA's own estimate for v5e, attention at 187 tokens takes
+    3.3 million cycles forward with slices, and 2.3 with this.
+    """
+    half = x.shape[-1] // 2
+    signs = np.kron(np.array([[0, 1], [-1, 0]]), np.eye(half))
+    return jnp.einsum(
+        "bthk,kj->bthj",
+        x,
+        jnp.asarray(signs, x.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def project(x: Float[Array, "B T E"], weight: Float[Array, "E *out"]) -> Float[Array, "B T *out"]:
@@ -101,6 +123,16 @@ def project(x: Float[Array, "B T E"], weight: Float[Array, "E *out"]) -> Float[A
     """
     flat = x.reshape(-1, x.shape[-1]) @ weight.reshape(weight.shape[0], -1).astype(x.dtype)
     return flat.reshape(*x.shape[:-1], *weight.shape[1:])
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The exact GELU (arXiv 1606.08415), computed in float32 as PyTorch does.
+
+    `jax.nn.gelu` takes erfc, which is more exact far below 0, where the result is next to nothing,
+    and twice as much arithmetic.
+    """
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1.0 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
 
 def init_weight(
@@ -121,9 +153,10 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Normalises the last axis."""
         y = x.astype(jnp.float32)
-        y = y - y.mean(axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        # Both sums in one pass; subtracting the mean first would take another over the array.
+        mean = y.mean(axis=-1, keepdims=True)
+        variance = jnp.maximum(jnp.square(y).mean(axis=-1, keepdims=True) - jnp.square(mean), 0.0)
+        return ((y - mean) * jax.lax.rsqrt(variance + self.eps) * self.scale[...]).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -152,8 +185,8 @@ class Attention(nnx.Module):
         """Lets every token gather from those that it may look at, as `attend` has it."""
         # Heads are the outermost of the merged axes, so that splitting them over `tensor` survives
         # the reshape.
-        qkv = checkpoint_name(project(x, self.qkv[...]), "qkv")
-        query, key, value = qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
+        qkv = self.qkv[...]
+        query, key, value = (checkpoint_name(project(x, qkv[:, :, i]), "qkv") for i in range(3))
         query, key = rotate(query, *angles), rotate(key, *angles)
         gathered = attend(query, key, value, attention_mask, reach, attention)
         gathered = checkpoint_name(gathered.reshape(*x.shape[:2], -1), "attended")
@@ -175,7 +208,7 @@ class GatedMlp(nnx.Module):
         """Transforms each token on its own."""
         wi = self.wi[...]
         gate, up = (checkpoint_name(project(x, wi[:, half]), "wi") for half in (0, 1))
-        gated = jax.nn.gelu(gate, approximate=False) * up
+        gated = gelu(gate) * up
         return checkpoint_name(project(gated, self.wo[...]), "wo")
 
 

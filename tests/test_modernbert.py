@@ -1,5 +1,6 @@
 """The encoder gives Transformers' numbers, for every setting that published ModernBERTs use."""
 
+import math
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from colbert_jax import modernbert
 from colbert_jax.colbert import ColbertConfig, DenseConfig, init_params, param_axes
 from colbert_jax.huggingface import encoder_json, parse_encoder_config, set_path, weight_table
 from colbert_jax.modernbert import ModernBert, ModernBertConfig, nnx
@@ -188,6 +190,30 @@ def test_bfloat16_stays_near_float32() -> None:
     cosine = (full * half).sum(-1) / np.linalg.norm(full, axis=-1) / np.linalg.norm(half, axis=-1)
     assert cosine.min() > 0.99
     assert not np.array_equal(full, half)
+
+
+def test_a_product_with_signs_turns_heads_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 9, 3, 64))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        heads, angles = x.astype(dtype), modernbert.rotary_angles(9, 64, 1e4)
+        expected = modernbert.rotate(heads, *angles)
+        with monkeypatch.context() as patch:
+            patch.setattr(modernbert, "platform", lambda: "tpu")
+            np.testing.assert_array_equal(modernbert.rotate(heads, *angles), expected)
+
+
+def test_gelu_is_the_exact_one_in_float32() -> None:
+    x = np.linspace(-8, 8, 1001, dtype=np.float32)
+    exact = [0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x.astype(np.float64)]
+    np.testing.assert_allclose(modernbert.gelu(jnp.asarray(x)), exact, atol=2e-6)
+
+
+def test_layer_norm_with_a_large_mean_is_that_of_float64() -> None:
+    x = np.random.default_rng(0).standard_normal((5, 256)) + np.array([[0], [1], [10], [-30], [3]])
+    norm = modernbert.LayerNorm(256, 1e-5)
+    centred = x - x.mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32)), expected, atol=1e-3)
 
 
 def test_fully_masked_rows_give_no_nan_gradient() -> None:
