@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 # plain XLA elsewhere; "xla" never uses a kernel.
 ATTENTION = ("auto", "xla")
 
-# From this many window reaches on, XLA computes local layers in blocks. On CPU measured, forward and
-# backward; on TPU by XLA's own estimate for v5e, by which blocks cost more than they save before.
-# docs/performance.md has the figures.
+# From this many window reaches on, XLA computes local layers in blocks. On CPU measured, forward
+# and backward; on TPU by XLA's own estimate for v5e, by which blocks cost more than they save
+# before. docs/performance.md has the figures.
 BANDED_FROM = {"cpu": 4, "gpu": 4, "tpu": 16}
 
-# From this many tokens on, TPUs get the kernel. Below, by the same estimate, moving heads to where it
-# wants them and filling up its tiles of 128 tokens costs more than the logits that it spares memory.
+# From this many tokens on, TPUs get the kernel. Below, by the same estimate, moving heads to where
+# it wants them and filling up its tiles costs more than the logits that it spares memory.
 SPLASH_FROM = 512
 LANES = 128
 SPLASH_BLOCK = 512  # tokens of a tile, at most; of local layers half of it

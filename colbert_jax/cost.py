@@ -22,7 +22,6 @@ from colbert_jax.attention import BANDED_FROM, SPLASH_FROM
 from colbert_jax.colbert import ColbertConfig, param_shapes
 from colbert_jax.maxsim import KEPT_WINNERS, TILE_SIMILARITIES
 
-
 Lengths = Num[Array, "..."] | Num[np.ndarray, "..."]  # of texts, in tokens
 
 
@@ -217,8 +216,9 @@ def encoder_work(
     Bytes, an estimate: a layer's arrays are written once and read once in the forward pass, and
     twice as much happens in the backward pass. For each token these are qkv, rotated queries and
     keys, attended, out, residuals and norms (11 E), gate, up and their product (3 F), and, where
-    attention is not fused, logits in float32 and weights. Parameters are read (float32) by each pass over each micro-batch,
-    and where there are several, the sum of gradients is read and written and the new part written.
+    attention is not fused, logits in float32 and weights. Parameters are read (float32) by each
+    pass over each micro-batch, and where there are several, the sum of gradients is read and
+    written and the new part written.
 
     Args:
       model: the model's shape.

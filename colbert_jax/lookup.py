@@ -25,7 +25,8 @@ def _forward(table, ids):
 
 def _backward(residuals, cotangent):
     ids, like = residuals
-    ids, rows = jnp.asarray(ids).reshape(-1), cotangent.reshape(-1, cotangent.shape[-1]).astype(like.dtype)
+    ids = jnp.asarray(ids).reshape(-1)
+    rows = cotangent.reshape(-1, cotangent.shape[-1]).astype(like.dtype)
     if platform() == "gpu":
         return add_rows(len(like), ids, rows), None
     table = jnp.zeros((len(like), rows.shape[-1]), like.dtype)

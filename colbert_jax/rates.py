@@ -23,8 +23,8 @@ GPU_FLOPS = {
     "L40S": 362e12,
 }
 
-# A side of matrices large enough that their product, and not its start, takes the time; and elements
-# to move, more than a cache holds.
+# A side of matrices large enough that their product, and not its start, takes the time; and
+# elements to move, more than a cache holds.
 MATRIX = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
 MOVED = {"cpu": 2**25, "gpu": 2**28, "tpu": 2**28}
 PASSES = 5  # the best counts: whatever disturbs makes it slower
