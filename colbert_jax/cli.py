@@ -15,6 +15,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from colbert_jax.errors import Interrupted, UserError, printable
+from colbert_jax.xla_flags import find_platform, set_flags
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command will do later
@@ -37,6 +38,7 @@ def run_program(main: Callable[[], None], required: Sequence[str] = ()) -> None:
     def guarded(argv: list[str]) -> None:
         del argv
         show_log()
+        set_flags(find_platform())  # before `main` touches a device
         try:
             main()
         except UserError as error:
