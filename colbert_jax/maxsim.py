@@ -2,8 +2,8 @@
 
 One readable function scores one (query, document) pair; `jax.vmap` makes it all pairs of a batch
 and all candidates of a query. `maxsim_all_pairs` is the same numbers in bounded memory, for
-training. Shape letters: Q queries, N documents, C candidates of a query, S query tokens,
-T document tokens, D embedding size.
+training: by XLA, or on TPU by the kernels of `maxsim_tpu.py`. Shape letters: Q queries,
+N documents, C candidates of a query, S query tokens, T document tokens, D embedding size.
 """
 
 import functools
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from colbert_jax import maxsim_tpu
 from colbert_jax.sharding import platform
 
 # Similarities held at a time. On CPU 4 MB of float32, which stay in the cache: forward and backward
@@ -117,6 +118,7 @@ def maxsim_all_pairs(
       `scores[query, document]`, float32.
     """
     inputs = (query_embeddings, document_embeddings, query_mask, document_mask)
+    inputs = _as_kernels_take_them(*inputs, masked_similarity)
     return _scores(*inputs, masked_similarity, keep_winners, (), "gather")
 
 
@@ -148,15 +150,26 @@ def maxsim_global(
       `scores[query, document]`, float32, documents in the order of the devices.
     """
     inputs = (query_embeddings, document_embeddings, query_mask, document_mask)
+    inputs = _as_kernels_take_them(*inputs, masked_similarity)
     return _scores(*inputs, masked_similarity, None, axes, exchange)
+
+
+def _as_kernels_take_them(queries, documents, query_mask, document_mask, masked_similarity):
+    """On TPU, embeddings that need no masks, and None for these: what kernels compute."""
+    inputs = (queries, documents, query_mask, document_mask)
+    dtypes = (queries.dtype, documents.dtype)
+    if platform() != "tpu" or not maxsim_tpu.takes(*dtypes, masked_similarity):
+        return inputs
+    return *maxsim_tpu.without_masks(*inputs, masked_similarity), None, None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _scores(
     queries, documents, query_mask, document_mask, masked_similarity, keep_winners, axes, exchange
 ):
+    del keep_winners  # without a backward pass nobody asks for them
     inputs = (queries, documents, query_mask, document_mask)
-    return _scores_forward(*inputs, masked_similarity, keep_winners, axes, exchange)[0]
+    return _scores_forward(*inputs, masked_similarity, False, axes, exchange)[0]
 
 
 def _scores_forward(
@@ -185,6 +198,9 @@ def _scores_backward(masked_similarity, keep_winners, axes, exchange, residuals,
         into_queries, into_documents = _gradients(residuals, cotangent, masked_similarity)
         if axes:
             into_documents = jax.lax.psum_scatter(into_documents, axes, tiled=True)
+    # Both or none: XLA could put off the one that is needed later, and keep all documents and
+    # winners for it while the encoder's backward pass needs the memory.
+    into_queries, into_documents = jax.lax.optimization_barrier((into_queries, into_documents))
     return into_queries.astype(queries.dtype), into_documents.astype(documents.dtype), None, None
 
 
@@ -196,6 +212,9 @@ def _forward(queries, documents, query_mask, document_mask, masked_similarity, k
     (count, tokens, _), (total, length, _) = queries.shape, documents.shape
     if keep_winners is None:
         keep_winners = count * tokens * total * _nobody(length).itemsize <= KEPT_WINNERS
+    if document_mask is None:
+        scores, winners = maxsim_tpu.scores_and_winners(queries, documents, keep_winners)
+        return scores, (queries, documents, query_mask, document_mask, winners)
     per_tile = _tile(queries.shape, documents.shape)
     document_tiles = tuple(_cut(x, per_tile[1]) for x in (documents, document_mask))
 
@@ -252,6 +271,8 @@ def _gradients(residuals, cotangent, masked_similarity):
     Returns `into_queries[Q, S, D]` and `into_documents[N, T, D]`, float32.
     """
     queries, documents, query_mask, document_mask, winners = residuals
+    if document_mask is None:
+        return maxsim_tpu.gradients(queries, documents, winners, cotangent)
     (count, tokens, dim), (total, length, _) = queries.shape, documents.shape
     nobody = _nobody(length)
     per_tile = _tile(queries.shape, documents.shape)

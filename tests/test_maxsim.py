@@ -318,12 +318,12 @@ def test_of_tokens_that_tie_the_first_takes_the_whole_gradient():
 
 @pytest.mark.parametrize("masked", [None, 0.0])
 @pytest.mark.parametrize("keep_winners", [True, False])
-def test_what_accelerators_run_has_the_numbers_of_the_definition(
+def test_what_gpus_run_has_the_numbers_of_the_definition(
     masked: float | None, keep_winners: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Argmax, one-hot products and square tiles, which this machine would not choose."""
-    monkeypatch.setattr(maxsim_module, "platform", lambda: "tpu")
-    monkeypatch.setitem(maxsim_module.TILE_SIMILARITIES, "tpu", 300)  # tiles of 2 x 3 of 5 x 7
+    monkeypatch.setattr(maxsim_module, "platform", lambda: "gpu")
+    monkeypatch.setitem(maxsim_module.TILE_SIMILARITIES, "gpu", 300)  # tiles of 2 x 3 of 5 x 7
     rng = np.random.default_rng(0)
     embeddings = rng.normal(size=(5, 6, 8)), rng.normal(size=(7, 8, 8))
     queries, documents = (x.astype(np.float32) for x in embeddings)
