@@ -1,8 +1,10 @@
-"""Our contestants: MaxSim forward and backward, and a whole training step. Started by the harness.
+"""Our contestants: MaxSim forward and backward, a whole training step, encoding a corpus.
 
-A set-up is a JSON object with `kind` ("maxsim" or "step") and the fields that its class reads.
+Started by the harness. A set-up is a JSON object with `kind` ("maxsim", "step" or "encode") and the
+fields that its class reads.
 """
 
+import json
 import runpy
 import time
 from contextlib import nullcontext
@@ -15,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from worker import serve
 
-from colbert_jax import huggingface, maxsim, train
+from colbert_jax import huggingface, maxsim, rates, train
+from colbert_jax.colbert import make_embed
+from colbert_jax.retrieval.encode import Encoder
 from colbert_jax.sharding import global_batch, make_mesh
 
 PRETRAIN = Path(__file__).resolve().parents[1] / "configs" / "pretrain.py"
@@ -24,11 +28,11 @@ PRETRAIN = Path(__file__).resolve().parents[1] / "configs" / "pretrain.py"
 def build(setup: dict[str, Any]) -> Any:
     """The contestant of a set-up."""
     jax.devices()  # the accelerator's libraries, before anything is measured
-    return {"maxsim": MaxSim, "step": Step}[setup["kind"]](setup)
+    return {"maxsim": MaxSim, "step": Step, "encode": Encode}[setup["kind"]](setup)
 
 
 class OnDevice:
-    """What both have in common."""
+    """What all have in common."""
 
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {
@@ -86,6 +90,7 @@ class Step(OnDevice):
     def __init__(self, setup: dict[str, Any]):
         super().__init__()
         model = huggingface.read_model(setup["folder"])
+        self.dtype, self.matmul_flops = setup["dtype"], None
         step, optimizer = train.build_step(step_config(setup), model.config)
         self.mesh = make_mesh(devices=jax.devices()[:1])
         batch = global_batch(read_batch(setup["inputs"]), self.mesh)
@@ -102,8 +107,51 @@ class Step(OnDevice):
         """Forward, backward, update."""
         with jax.set_mesh(self.mesh):
             self.state, metrics = jax.block_until_ready(self.program(self.state, self.batch))
-        names = ("loss", "grad_norm", "tokens", "real_tokens")
-        return {name: float(metrics[name]) for name in names}
+        names = ("loss", "grad_norm", "tokens", "real_tokens", "model_flops")
+        numbers = {name: float(metrics[name]) for name in names}
+        if self.matmul_flops is None:  # in the first pass, which nothing runs beside
+            self.matmul_flops = rates.measure_flops(self.dtype)
+        return numbers | {"matmul_flops": self.matmul_flops}
+
+
+class Encode(OnDevice):
+    """A corpus to token embeddings on the host, as `launch/search.py` encodes it for an index."""
+
+    def __init__(self, setup: dict[str, Any]):
+        super().__init__()
+        model = huggingface.read_model(setup["folder"])
+        mesh = make_mesh(devices=jax.devices()[:1])
+        embed = make_embed(model.config, setup["dtype"])
+        self.encoder = Encoder(embed, model.tokenizer, mesh, setup["batch_size"])
+        params = huggingface.read_weights(setup["folder"], model, seed=0)
+        self.params = self.encoder.place(params)
+        self.texts = json.loads(Path(setup["texts"]).read_text(encoding="utf-8"))
+        self.output = Path(setup["output"])
+        self.facts["batch_size"] = setup["batch_size"]
+
+    def run(self) -> dict[str, float]:
+        """Encodes all documents; the first pass, which compiles, keeps what is compared."""
+        start = time.perf_counter()
+        documents, padded = self.encode()
+        took = time.perf_counter() - start
+        if self.output.exists():
+            return {}
+        sums = np.stack([x.sum(axis=0, dtype=np.float64) for x in documents])
+        np.savez(self.output, sums=sums, counts=[len(x) for x in documents])
+        return {"first_seconds": took, "padded_tokens": padded}
+
+    def encode(self) -> tuple[list[np.ndarray], int]:
+        """The `[token, dim]` that MaxSim may use of each document, and the tokens worked on."""
+        documents: list[Any] = [None] * len(self.texts)
+        padded = 0
+        for block in self.encoder.documents(self.params, self.texts):
+            padded += block.mask.size
+            mask = np.asarray(block.mask)[: len(block.positions)]
+            rows = np.asarray(block.embeddings)[: len(block.positions)][mask]
+            parts = np.split(rows, mask.sum(axis=1).cumsum()[:-1])
+            for position, part in zip(block.positions, parts, strict=True):
+                documents[position] = part
+        return documents, padded
 
 
 def naive_maxsim() -> Any:

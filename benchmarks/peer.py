@@ -1,10 +1,13 @@
 """PyLate's contestants, with PyLate's own code. Started by the harness in PyLate's environment.
 
-A set-up is a JSON object with `kind` ("maxsim" or "step") and the fields that its class reads.
-Nothing of colbert_jax is imported.
+A set-up is a JSON object with `kind` ("maxsim", "step" or "encode") and the fields that its class
+reads. Nothing of colbert_jax is imported.
 """
 
 import importlib.util
+import json
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,7 @@ CLIP_NORM = 1.0
 def build(setup: dict[str, Any]) -> Any:
     """The contestant of a set-up."""
     torch.zeros(1, device=DEVICE)  # the accelerator's libraries, before anything is measured
-    return {"maxsim": MaxSim, "step": Step}[setup["kind"]](setup)
+    return {"maxsim": MaxSim, "step": Step, "encode": Encode}[setup["kind"]](setup)
 
 
 def fused_maxsim() -> str | None:
@@ -31,8 +34,14 @@ def fused_maxsim() -> str | None:
     return next((name for name, there in available.items() if there), None)
 
 
+def flash_attention(dtype: str) -> bool:
+    """Whether FlashAttention is installed, and can be used."""
+    importable = importlib.util.find_spec("flash_attn") is not None
+    return DEVICE == "cuda" and dtype != "float32" and importable
+
+
 class OnDevice:
-    """What both have in common."""
+    """What all have in common."""
 
     def __init__(self) -> None:
         name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
@@ -42,6 +51,15 @@ class OnDevice:
             "device": name,
             "maxsim": fused_maxsim() or "torch",
         }
+
+    def load(self, setup: dict[str, Any]) -> models.ColBERT:
+        """The model of a folder, with FlashAttention where the set-up and the machine have it."""
+        options = {}
+        if setup["flash"] and flash_attention(setup["dtype"]):
+            options["model_kwargs"] = {"attn_implementation": "flash_attention_2"}
+        model = models.ColBERT(setup["folder"], device=DEVICE, **options)
+        self.facts["attention"] = model[0].auto_model.config._attn_implementation
+        return model
 
     def device_peak(self) -> int | None:
         """Peak bytes on an accelerator, since the process began."""
@@ -90,11 +108,7 @@ class Step(OnDevice):
 
     def __init__(self, setup: dict[str, Any]):
         super().__init__()
-        options = {}
-        if setup["flash"] and self._flash_attention(setup["dtype"]):
-            options["model_kwargs"] = {"attn_implementation": "flash_attention_2"}
-        self.model = models.ColBERT(setup["folder"], device=DEVICE, **options).train()
-        self.facts["attention"] = self.model[0].auto_model.config._attn_implementation
+        self.model = self.load(setup).train()
         if setup["dtype"] == "bfloat16":
             # As the trainer does with bf16=True: weights stay float32, the arithmetic is autocast.
             from accelerate import Accelerator
@@ -117,10 +131,6 @@ class Step(OnDevice):
         sizes["mini_batch_size"] = self.facts["mini_batch"] = setup["mini_batch"]
         return losses.CachedContrastive(self.model, temperature=setup["temperature"], **sizes)
 
-    def _flash_attention(self, dtype: str) -> bool:
-        importable = importlib.util.find_spec("flash_attn") is not None
-        return DEVICE == "cuda" and dtype != "float32" and importable
-
     def run(self) -> dict[str, float]:
         """Forward, backward, update."""
         self.optimizer.zero_grad()
@@ -132,6 +142,30 @@ class Step(OnDevice):
         self.wait()
         scale = self.pairs if self.gradient_of == "sum" else 1
         return {"loss": float(loss), "grad_norm": float(norm) / scale}
+
+
+class Encode(OnDevice):
+    """A corpus to token embeddings on the host, by `encode`, which sorts and batches by itself."""
+
+    def __init__(self, setup: dict[str, Any]):
+        super().__init__()
+        self.model = self.load(setup).to(getattr(torch, setup["dtype"]))
+        self.texts = json.loads(Path(setup["texts"]).read_text(encoding="utf-8"))
+        self.output = Path(setup["output"])
+        self.batch_size = self.facts["batch_size"] = setup["batch_size"]
+
+    def run(self) -> dict[str, float]:
+        """Encodes all documents; the first pass keeps what is compared."""
+        start = time.perf_counter()
+        documents = self.model.encode(
+            self.texts, is_query=False, batch_size=self.batch_size, show_progress_bar=False
+        )
+        took = time.perf_counter() - start
+        if self.output.exists():
+            return {}
+        sums = np.stack([x.sum(axis=0, dtype=np.float64) for x in documents])
+        np.savez(self.output, sums=sums, counts=[len(x) for x in documents])
+        return {"first_seconds": took}
 
 
 def read_features(path: str) -> list[dict[str, torch.Tensor]]:

@@ -178,11 +178,20 @@ def compare(workers: list[Worker]) -> None:
     check_agreement(workers, "grad_norm", bound=1e-2)
 
 
-def add_tokens(row: dict[str, Any], tokens: int, padded: int) -> dict[str, Any]:
-    """Adds tokens a second, of real ones, and their share of what the encoder works on."""
+def add_yardsticks(
+    row: dict[str, Any], tokens: int, padded: int, asked: dict[str, float]
+) -> dict[str, Any]:
+    """Adds what a row makes of the same work.
+
+    Tokens a second, of real ones, and their share of what the encoder works on; FLOP/s of what the
+    model's definition asks for (`colbert_jax.cost.model_flops`), and their share of what a product
+    of matrices reaches on this device.
+    """
     share = row.pop("real_tokens", tokens / padded)
     if row.get("seconds"):
+        flops = asked["model_flops"] / row["seconds"]
         row |= {"tokens_per_second": tokens / row["seconds"], "real_token_share": share}
+        row |= {"model_flops_per_second": flops, "mfu": flops / asked["matmul_flops"]}
     return row
 
 
@@ -207,7 +216,8 @@ def main(args: argparse.Namespace, peer: str | None) -> dict[str, Any]:
             check_platforms(workers)
             naive = naive_row(everything, shape)
             measure(workers, args.rounds, (lambda: compare(workers)) if exact else (lambda: None))
-            rows = [add_tokens(make_row(w, shape), tokens, padded) for w in workers]
+            asked = workers[0].numbers
+            rows = [add_yardsticks(make_row(w, shape), tokens, padded, asked) for w in workers]
         finally:
             for worker in workers:
                 worker.close()

@@ -1,4 +1,7 @@
-"""The model and the batch of `step.py`: random weights, made-up words, texts of stated lengths."""
+"""The model of `step.py` and `encode.py`, and their texts, which have stated lengths.
+
+Weights are random and words made up.
+"""
 
 import argparse
 import gzip
@@ -9,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tokenizers
+from jaxtyping import Int
 from transformers import PreTrainedTokenizerFast
 
 from colbert_jax.colbert import ColbertConfig, DenseConfig, init_params
@@ -28,11 +32,38 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, np.ndarray]:
     Raises:
       UserError: the texts of --real-text, or its tokenizer, cannot be used.
     """
+    model, lengths = _prepare_model(args, folder)
+    return make_batch(args, model.tokenizer, lengths)
+
+
+def prepare_documents(
+    args: argparse.Namespace, folder: Path
+) -> tuple[list[str], Int[np.ndarray, "N"]]:
+    """Saves the model to `folder` as `prepare` does, and returns documents as text.
+
+    Returns:
+      N texts, and `lengths[document]`, the tokens that the tokenizer makes of each: `[CLS]`, the
+      marker and `[SEP]` are among them.
+
+    Raises:
+      UserError: as `prepare`.
+    """
+    model, lengths = _prepare_model(args, folder)
+    ids = make_batch(args, model.tokenizer, lengths)["document_input_ids"]
+    words = model.tokenizer.tokenizer.convert_ids_to_tokens
+    # What stands around a text is the tokenizer's to add.
+    rows = zip(ids, lengths["document"], strict=True)
+    texts = [" ".join(words(row[2 : length - 1].tolist())) for row, length in rows]
+    return texts, lengths["document"]
+
+
+def _prepare_model(args: argparse.Namespace, folder: Path) -> tuple[Model, dict[str, np.ndarray]]:
+    """Saves the model, and returns it with the tokens that each text is to have."""
     jax.config.update("jax_platforms", "cpu")  # this process only prepares
     lengths = real_lengths(args) if args.real_text else drawn_lengths(args)
     model = make_model(args)
     save_model(folder, model, init_params(model.config, 0), "A benchmark's.\n")
-    return make_batch(args, model.tokenizer, lengths)
+    return model, lengths
 
 
 def drawn_lengths(args: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -49,7 +80,9 @@ def real_lengths(args: argparse.Namespace) -> dict[str, np.ndarray]:
     """Tokens of texts spread evenly over a file, prompt and marker included, cut as in training."""
     rows = read_rows(Path(args.real_text))
     if len(rows) < args.pairs:
-        raise UserError(f"--real-text={args.real_text} has {len(rows)} pairs, fewer than --pairs")
+        raise UserError(
+            f"--real-text={args.real_text} has {len(rows)} pairs, {args.pairs} are needed"
+        )
     chosen = [rows[i * len(rows) // args.pairs] for i in range(args.pairs)]
     if args.tokenizer:
         try:
@@ -118,6 +151,9 @@ def make_model(args: argparse.Namespace) -> Model:
         tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]")
     )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(x, words.index(x)) for x in ("[CLS]", "[SEP]")]
+    )
     names = {f"{token[1:-1].lower()}_token": token for token in SPECIAL}
     hf = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     settings = TokenizationConfig(

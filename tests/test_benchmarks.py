@@ -6,14 +6,18 @@ import os
 import runpy
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
+from reference.environment import pylate_python
 
 from colbert_jax.ahead import check_topology, model_config
+from colbert_jax.huggingface import read_model
 from colbert_jax.run import check_settings
 from colbert_jax.sharding import MESH_AXES
 from colbert_jax.train import check_batch
@@ -72,6 +76,9 @@ def test_step_reports_rows_and_ratios() -> None:
     assert ours["tokens_per_second"] == pytest.approx(result["real_tokens"] / ours["seconds"])
     assert 0 < ours["real_token_share"] <= 1
     assert ours["loss"] > 0 and ours["grad_norm"] > 0
+    asked = ours["model_flops"]
+    assert ours["model_flops_per_second"] == pytest.approx(asked / ours["seconds"])
+    assert ours["mfu"] == pytest.approx(ours["model_flops_per_second"] / ours["matmul_flops"])
 
 
 @pytest.mark.parametrize(
@@ -83,6 +90,7 @@ def test_step_reports_rows_and_ratios() -> None:
         ("maxsim", f"--peer-python={sys.executable}", "does not have PyLate"),
         ("step", "--micro-batch=5", "--micro-batch=5 does not divide --pairs=32"),
         ("step", "--real-text=no/such/file.jsonl", "there is no such file"),
+        ("encode", "--document-tokens=7", "--document-tokens must be at least 8"),
     ],
 )
 def test_a_wrong_argument_gives_one_sentence_and_status_2(name: str, flag: str, said: str) -> None:
@@ -90,6 +98,83 @@ def test_a_wrong_argument_gives_one_sentence_and_status_2(name: str, flag: str, 
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and said in line
+
+
+# --- encode.py ---
+
+
+@pytest.fixture
+def encoding(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "encode.py")))
+
+
+@pytest.mark.parity
+def test_encode_measures_ours_and_pylate_on_the_same_embeddings() -> None:
+    done = program(
+        "encode",
+        *("--layers=1", "--hidden=16", "--heads=2", "--intermediate=16", "--vocabulary=64"),
+        *("--documents=20", "--document-tokens=12", "--batch-size=8", "--peer-batch-size=16"),
+        *("--rounds=1", "--json", f"--peer-python={pylate_python()}"),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    ours, *peers = result["rows"]
+    assert [row["name"] for row in peers] == ["pylate_default", "pylate_tuned"]
+    assert [row["batch_size"] for row in result["rows"]] == [8, 32, 16]
+    assert 8 * 20 <= result["real_tokens"] <= 12 * 20
+    assert ours["real_token_share"] == result["real_tokens"] / ours["padded_tokens"] < 1
+    for row in result["rows"]:
+        assert row["peak_memory_bytes"] > 0 and row["first_seconds"] > 0
+        assert row["documents_per_second"] * row["seconds"] == pytest.approx(20)
+        taken = row["tokens_per_second"] * row["seconds"]
+        assert taken == pytest.approx(result["real_tokens"])
+    fastest = min(row["seconds"] for row in peers)
+    assert result["ratios"]["speed_vs_pylate"] == fastest / ours["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda counts, sums: (counts, sums * 1.0001), ""),
+        (lambda counts, sums: (counts + np.eye(3, dtype=int)[1], sums), "tokens of document 1"),
+        (lambda counts, sums: (counts, sums[[0, 2, 1]]), "embed document 1"),
+        (lambda counts, sums: (counts, sums * [[1.0], [1.0], [1.01]]), "embed document 2"),
+        (lambda counts, sums: (counts, sums * [[1.0], [1.0], [np.nan]]), "embed document 2"),
+    ],
+)
+def test_other_embeddings_than_ours_are_not_timed(
+    encoding: Any, tmp_path: Path, change: Any, said: str
+) -> None:
+    counts = np.full(3, 5)
+    sums = np.random.default_rng(0).standard_normal((3, 4))
+    workers = []
+    for name, given in (("ours", (counts, sums)), ("pylate", change(counts, sums))):
+        output = str(tmp_path / f"{name}.npz")
+        np.savez(output, counts=given[0], sums=given[1])
+        workers.append(SimpleNamespace(name=name, error="", setup={"output": output}))
+    with pytest.raises(encoding.Failure, match=said) if said else nullcontext():
+        encoding.compare(workers)
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_made_up_documents_have_the_tokens_that_are_counted(
+    encoding: Any, tmp_path: Path, real: bool
+) -> None:
+    from synthetic import prepare_documents  # the fixture lets it be found
+
+    lines = [json.dumps({"query": "q", "document": "word " * n}) for n in (1, 9, 4, 500)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    args = SimpleNamespace(
+        **{"layers": 1, "hidden": 16, "heads": 2, "intermediate": 16, "vocabulary": 64},
+        **{"pairs": 4, "query_tokens": 8, "document_tokens": 30, "tokenizer": None},
+        real_text=str(tmp_path / "pairs.jsonl") if real else None,
+    )
+    texts, lengths = prepare_documents(args, tmp_path / "model")
+    tokenizer = read_model(tmp_path / "model").tokenizer
+    assert [len(ids) for ids in tokenizer.document_ids(texts)] == lengths.tolist()
+    if real:
+        assert lengths[0] < lengths[2] < lengths[1] < lengths[3] == 30
 
 
 # --- scaling.py ---
