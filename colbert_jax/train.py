@@ -383,7 +383,7 @@ def place_state(
 
 
 def restore_state(checkpoints: Checkpoints, like: TrainState) -> tuple[TrainState, dict]:
-    """The newest checkpoint's state, in the layout of `like`, and the input's position."""
+    """The newest whole checkpoint's state, in the layout of `like`, and the input's position."""
     optimizer = {"step": like.step, "state": like.opt_state}
     params, restored, input_state = checkpoints.restore(params=like.params, optimizer=optimizer)
     return TrainState(restored["step"], params, restored["state"]), input_state

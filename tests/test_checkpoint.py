@@ -1,9 +1,18 @@
 """Checkpoints give back what was saved, and a run that was stopped ends as if it had not been."""
 
+import contextlib
 import copy
+import errno
 import gzip
 import json
+import os
+import re
+import resource
 import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +22,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
+from test_processes import two_joined
 
+from colbert_jax import manifest
 from colbert_jax import train as train_module
 from colbert_jax.checkpoint import Checkpoints, read_config
 from colbert_jax.errors import UserError
@@ -191,6 +202,401 @@ def test_a_config_that_cannot_be_read_is_the_users_error(tmp_path: Path) -> None
         read_config(tmp_path / "train_config.json")
 
 
+# --- damage ---
+
+
+KINDS = {
+    "parameters": "params/ocdbt.process_0/d/*",
+    "their index": "params/manifest.ocdbt",
+    "their shapes": "params/_METADATA",
+    "optimiser": "optimizer/ocdbt.process_0/d/*",
+    "input state": "input/metadata",
+    "config": "config/metadata",
+    "worth": "metrics/metrics",
+    "metadata": "_CHECKPOINT_METADATA",
+    "manifest": "manifest.json",
+}
+
+
+def large_tree(seed: int) -> dict[str, Any]:
+    """An array that is stored as a file's bytes, which small ones are not."""
+    kernel = np.random.default_rng(seed).normal(size=(128, 64)).astype(np.float32)
+    return {"model": {"kernel": kernel}}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory with steps 3 and 7."""
+    workdir = tmp_path_factory.mktemp("saved")
+    checkpoints = Checkpoints(workdir)
+    for step in (3, 7):
+        save(checkpoints, step, large_tree(step))
+    checkpoints.close()
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def damage(folder: Path, kind: str, how: str) -> str:
+    """Damages the largest file of a kind in a step's folder; its name below the folder."""
+    path = max(folder.glob(KINDS[kind]), key=lambda file: file.stat().st_size)
+    content = bytearray(path.read_bytes())
+    if how == "deleted":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    return path.relative_to(folder).as_posix()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_restores(checkpoints: Checkpoints, step: int, tree: Any = None) -> None:
+    """Whether the newest whole step is this one, bit for bit."""
+    tree = large_tree(step) if tree is None else tree
+    params, optimizer = placed(tree, (1, 1, 1)), placed(optimizer_tree(tree), (1, 1, 1))
+    restored = checkpoints.restore(params=like(params), optimizer=like(optimizer))
+    assert restored[2] == {"next_index": step}
+    assert_same(restored[0], params)
+    assert_same(restored[1], optimizer)
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """This project's own; Orbax may have more to say."""
+    ours = (r for r in caplog.records if r.name.startswith("colbert_jax"))
+    return [r.getMessage() for r in ours if r.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "deleted"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_checkpoint_is_named_left_alone_and_the_one_before_is_used(
+    kind: str, how: str, workdir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = workdir / "checkpoints" / "7"
+    name = damage(folder, kind, how)
+    before = contents(workdir)
+    checkpoints = Checkpoints(workdir)
+    assert_restores(checkpoints, 3)
+    assert checkpoints.latest_step() == 3
+    checkpoints.close()
+    (line,) = warnings(caplog)
+    assert line.startswith(f"{folder} is damaged ({name} ") and "step 7" in line
+    assert contents(workdir) == before
+
+
+@pytest.mark.parametrize("kind", ["parameters", "optimiser"])
+def test_parameters_are_read_where_only_the_rest_is_damaged(kind: str, workdir: Path) -> None:
+    damage(workdir / "checkpoints" / "7", kind, "flipped")
+    newest = 3 if kind == "parameters" else 7
+    wanted = like(placed(large_tree(0), (1, 1, 1)))
+    checkpoints = Checkpoints(workdir)
+    assert checkpoints.find_step("latest") == newest
+    checkpoints.close()
+    checkpoints = Checkpoints(workdir)
+    assert_same(checkpoints.restore_params(wanted), placed(large_tree(newest), (1, 1, 1)))
+    assert_same(checkpoints.restore_params(wanted, 3), placed(large_tree(3), (1, 1, 1)))
+    checkpoints.close()
+    checkpoints = Checkpoints(workdir)
+    if newest == 3:  # a step that was asked for is not replaced by another
+        with pytest.raises(UserError, match=r"/7 is damaged \(params/.*\): choose another step"):
+            checkpoints.restore_params(wanted, checkpoints.find_step("7"))
+    checkpoints.close()
+
+
+def test_where_none_is_whole_all_are_named_and_nothing_is_touched(workdir: Path) -> None:
+    damage(workdir / "checkpoints" / "3", "optimiser", "truncated")
+    damage(workdir / "checkpoints" / "7", "input state", "deleted")
+    before = contents(workdir)
+    checkpoints = Checkpoints(workdir)
+    assert checkpoints.latest_step() == 7  # so that no run takes the folder for a new one
+    named = r"step 3 \(optimizer/.* bytes and not .*\), step 7 \(input/metadata is missing\)"
+    with pytest.raises(UserError, match=f"holds no whole checkpoint, but damaged ones, {named}"):
+        assert_restores(checkpoints, 7)
+    checkpoints.close()
+    assert contents(workdir) == before
+
+
+def test_a_new_save_keeps_the_damaged_one_aside(
+    workdir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = workdir / "checkpoints"
+    damage(folder / "7", "parameters", "flipped")
+    damaged = contents(folder / "7")
+    checkpoints = Checkpoints(workdir, max_to_keep=2)
+    assert_restores(checkpoints, 3)
+    for step in (4, 5, 6):  # steps before it leave it where it is, and out of the count
+        save(checkpoints, step, large_tree(step))
+    checkpoints.wait()
+    assert sorted(p.name for p in folder.iterdir()) == ["5", "6", "7"]
+    assert contents(folder / "7") == damaged
+    save(checkpoints, 7, large_tree(70))
+    checkpoints.close()
+    assert f"{folder / '7'} is damaged and now called 7.damaged-1" in warnings(caplog)
+    assert sorted(p.name for p in folder.iterdir()) == ["6", "7", "7.damaged-1"]
+    assert contents(folder / "7.damaged-1") == damaged
+    checkpoints = Checkpoints(workdir)
+    assert_restores(checkpoints, 7, large_tree(70))
+    checkpoints.close()
+
+
+def test_a_damaged_one_that_is_passed_is_kept_aside_too(workdir: Path) -> None:
+    folder = workdir / "checkpoints"
+    damage(folder / "7", "optimiser", "truncated")
+    (folder / "7.damaged-1").mkdir()  # of an earlier time
+    checkpoints = Checkpoints(workdir, max_to_keep=1)
+    assert_restores(checkpoints, 3)
+    save(checkpoints, 8, large_tree(8))
+    checkpoints.close()
+    assert sorted(p.name for p in folder.iterdir()) == ["7.damaged-1", "7.damaged-2", "8"]
+
+
+def test_a_damaged_checkpoint_is_the_best_no_more(tmp_path: Path) -> None:
+    config = {"evals": {"best": "MAP", "collections": ["a"]}}
+    checkpoints = Checkpoints(tmp_path)
+    for step, value in ((1, 0.5), (2, 0.9)):
+        tree = placed(large_tree(step), (1, 1, 1))
+        parts = {"optimizer": placed(optimizer_tree(large_tree(step)), (1, 1, 1))}
+        state = {"input_state": {"next_index": step}, "config": config, "value": value}
+        checkpoints.save(step, params=tree, **parts, **state)
+    checkpoints.close()
+    damage(tmp_path / "checkpoints" / "2", "parameters", "flipped")
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.best() == (2, 0.9) and not checkpoints.is_best(0.9, config)
+    assert_restores(checkpoints, 1)
+    assert checkpoints.best() == (1, 0.5) and checkpoints.is_best(0.9, config)
+    checkpoints.close()
+
+
+def without_manifests(workdir: Path) -> None:
+    """As checkpoints were saved before there were manifests."""
+    for folder in (workdir / "checkpoints").iterdir():
+        (folder / "manifest.json").unlink()
+        (folder / "metrics" / "metrics").write_text('{"value": null, "of": [""]}')
+
+
+def test_an_old_checkpoint_without_a_manifest_is_read_as_before(
+    workdir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_manifests(workdir)
+    checkpoints = Checkpoints(workdir)
+    assert checkpoints.find_step("latest") == 7
+    assert_restores(checkpoints, 7)
+    save(checkpoints, 8, large_tree(8))
+    checkpoints.wait()
+    assert_restores(checkpoints, 8)
+    checkpoints.close()
+    assert not warnings(caplog)
+
+
+@pytest.mark.parametrize("kind", ["parameters", "their shapes", "input state", "worth"])
+def test_of_an_old_checkpoint_what_orbax_notices_is_damage_too(
+    kind: str, workdir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_manifests(workdir)
+    damage(workdir / "checkpoints" / "7", kind, "truncated")
+    checkpoints = Checkpoints(workdir)
+    assert_restores(checkpoints, 7 if kind == "worth" else 3)
+    checkpoints.close()
+    assert len(warnings(caplog)) == (0 if kind == "worth" else 1)
+
+
+@pytest.mark.parametrize("moment", ["before the manifest", "after it", "once renamed"])
+def test_a_kill_while_saving_loses_at_most_that_save(
+    moment: str, workdir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What lies there at a moment of the save of step 9 is what a kill then leaves."""
+    seal, killed = manifest.seal, workdir.parent / "killed"
+
+    def watched(folder: Path, beside_items: bool) -> None:
+        if moment == ("once renamed" if beside_items else "before the manifest"):
+            shutil.copytree(workdir, killed)
+        seal(folder, beside_items)
+        if moment == "after it" and not beside_items:
+            shutil.copytree(workdir, killed)
+
+    checkpoints = Checkpoints(workdir, max_to_keep=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(manifest, "seal", watched)
+        save(checkpoints, 9, large_tree(9))
+        checkpoints.close()
+
+    checkpoints = Checkpoints(killed)
+    if moment == "once renamed":
+        assert_restores(checkpoints, 9)
+    else:
+        unfinished = f"{killed / 'checkpoints' / '9.orbax-checkpoint-tmp'}: step 9 was never saved"
+        assert warnings(caplog)[0].startswith(unfinished)
+        assert_restores(checkpoints, 7)  # though only one is to be kept
+        save(checkpoints, 9, large_tree(9))
+        checkpoints.wait()
+        assert_restores(checkpoints, 9)
+        assert sorted(p.name for p in (killed / "checkpoints").iterdir()) == ["3", "7", "9"]
+    checkpoints.close()
+
+
+# --- a full disk ---
+
+
+@contextlib.contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """Has the system refuse what a full disk would, without one: any write beyond these bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def no_space_for(prefix: str) -> Iterator[None]:
+    """Has the disk be full when the manifest of some steps is to be written."""
+    seal = manifest.seal
+
+    def full(folder: Path, beside_items: bool) -> None:
+        if folder.name.startswith(prefix):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        seal(folder, beside_items)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(manifest, "seal", full)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("full", "reason"),
+    [
+        (lambda: no_file_larger_than(20_000), "File too large"),  # arrays
+        (lambda: no_file_larger_than(5), "File too large"),  # all
+        (lambda: no_space_for(""), "No space left on device"),  # the manifest
+    ],
+)
+def test_a_save_that_fails_is_warned_about_costs_no_other_and_leaves_nothing(
+    full: Any, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(tmp_path, max_to_keep=1)
+    save(checkpoints, 1, large_tree(1))
+    checkpoints.wait()
+    failed = rf"could not be saved in {folder} \({reason}\), where step 1 is the newest"
+    with full():
+        save(checkpoints, 2, large_tree(2))
+        save(checkpoints, 3, large_tree(3))  # training goes on
+        (line,) = [record.getMessage() for record in caplog.records]  # and none of Orbax's own
+        assert re.match(f"Step 2 {failed} .*: make room there", line)
+        with pytest.raises(UserError, match=f"^Step 3 {failed} .*: make room there .* start the"):
+            checkpoints.wait()
+    checkpoints.wait()  # said once
+    assert checkpoints.latest_step() == 1
+    assert_restores(checkpoints, 1)
+    save(checkpoints, 4, large_tree(4))
+    checkpoints.wait()
+    assert [p.name for p in folder.iterdir()] == ["4"]
+    assert_restores(checkpoints, 4)
+    checkpoints.close()
+
+
+def test_closing_says_that_the_last_save_failed(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    with no_space_for("1."):
+        save(checkpoints, 1, large_tree(1))
+        with pytest.raises(UserError, match=r"\(No space left on device\), where nothing is saved"):
+            checkpoints.close()
+
+
+def test_an_error_that_is_no_disks_is_raised_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(folder: Path, beside_items: bool) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(manifest, "seal", broken)
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1, large_tree(1))
+    with pytest.raises(RuntimeError, match="a bug"):
+        checkpoints.wait()
+    checkpoints.close()
+
+
+# --- several processes ---
+
+
+TOGETHER = """
+import json, pathlib, sys
+import jax, numpy as np
+from colbert_jax.checkpoint import Checkpoints
+from colbert_jax.cli import show_log
+from colbert_jax.sharding import join_hosts
+
+join_hosts()
+show_log()
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+halves = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+
+def tree(step):
+    kernel = np.random.default_rng(step).normal(size=(128, 64)).astype(np.float32)
+    return {"kernel": jax.make_array_from_callback(kernel.shape, halves, lambda i: kernel[i])}
+
+def save(step):
+    state = {"params": tree(step), "optimizer": tree(step + 100)}
+    checkpoints.save(step, **state, input_state={"step": step}, config={})
+
+like = {"kernel": jax.ShapeDtypeStruct((128, 64), np.float32, sharding=halves)}
+folder = pathlib.Path(sys.argv[1]) / "checkpoints"
+checkpoints = Checkpoints(sys.argv[1], max_to_keep=2)
+for step in (1, 2, 3):
+    save(step)
+checkpoints.close()
+if jax.process_index() == 0:  # of what the second process wrote
+    half = max((folder / "3/params/ocdbt.process_1/d").iterdir(), key=lambda f: f.stat().st_size)
+    content = bytearray(half.read_bytes())
+    content[len(content) // 2] ^= 1
+    half.write_bytes(content)
+checkpoints = Checkpoints(sys.argv[1], max_to_keep=2)
+params, optimizer, position = checkpoints.restore(params=like, optimizer=like)
+assert position == {"step": 2}, position
+for restored, expected in ((params, tree(2)), (optimizer, tree(102))):
+    for one, other in zip(
+        restored["kernel"].addressable_shards, expected["kernel"].addressable_shards
+    ):
+        np.testing.assert_array_equal(one.data, other.data)
+save(3)
+checkpoints.close()
+"""
+
+
+def test_two_processes_save_and_pass_over_a_damaged_checkpoint_alike(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, str(tmp_path)],
+            env=environment | who,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for who in two_joined()
+    ]
+    for process in both:
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, printed[-3000:]
+        named = r"/3 is damaged \(params/ocdbt.process_1/d/\w+ has other bytes\): step 3 is passed"
+        assert len(re.findall(named, printed)) == 1, printed
+    folder = tmp_path / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["2", "3", "3.damaged-1"]
+    for step in ("2", "3"):
+        assert not manifest.find_damage(folder / step)
+        assert "optimizer/ocdbt.process_1/" in (folder / step / "manifest.json").read_text()
+
+
 # --- stopping and going on ---
 
 
@@ -283,8 +689,18 @@ def everything(workdir: Path, step: int) -> dict[str, np.ndarray]:
 
 
 def without_times(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    timed = ("time/", "train/pairs_per_second", "train/tokens_per_second")
+    timed = ("time/", "train/pairs_per_second", "train/tokens_per_second", "train/mfu")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+
+
+def assert_same_run(workdir: Path, unbroken: Path) -> None:
+    ours, theirs = everything(workdir, 6), everything(unbroken, 6)
+    assert ours.keys() == theirs.keys() and any("log_temperature" in name for name in ours)
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    logged = read_metrics(workdir)
+    assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
+    assert without_times(logged) == without_times(read_metrics(unbroken))
 
 
 # Stopped at 2, before the first checkpoint, it starts anew; at 5, after that of step 3, it goes on
@@ -319,13 +735,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(
     run(config, workdir)
     assert steps_made == ([1, 2, 3, 4, 5, 6] if stop < 3 else [4, 5, 6])
 
-    ours, theirs = everything(workdir, 6), everything(unbroken, 6)
-    assert ours.keys() == theirs.keys() and any("log_temperature" in name for name in ours)
-    for name in theirs:
-        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-    logged = read_metrics(workdir)
-    assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
-    assert without_times(logged) == without_times(read_metrics(unbroken))
+    assert_same_run(workdir, unbroken)
 
 
 def test_a_finished_run_is_not_trained_again(
@@ -364,3 +774,48 @@ def test_a_run_goes_on_only_with_the_model_it_was_started_with(
             run(other, unbroken)
     after = everything(unbroken, 6)
     assert all(np.array_equal(after[name], before[name]) for name in before)
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_if_it_were_not(
+    unbroken: Path, config: ConfigDict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    workdir = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    damage(workdir / "checkpoints" / "6", "optimiser", "flipped")
+    damaged = contents(workdir / "checkpoints" / "6")
+    with caplog.at_level("INFO"):
+        run(config, workdir)
+    assert "going on after 3 of 6 steps" in caplog.text
+    assert contents(workdir / "checkpoints" / "6.damaged-1") == damaged
+    assert_same_run(workdir, unbroken)
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_start_anew(
+    unbroken: Path, config: ConfigDict, tmp_path: Path
+) -> None:
+    workdir = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    for step in ("3", "6"):
+        damage(workdir / "checkpoints" / step, "input state", "truncated")
+    before = contents(workdir / "checkpoints")
+    with pytest.raises(UserError, match=r"holds no whole checkpoint.*step 3 \(.*step 6 \("):
+        run(config, workdir)
+    assert contents(workdir / "checkpoints") == before
+    assert (workdir / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_goes_on_though_a_save_fails(
+    unbroken: Path, config: ConfigDict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with no_space_for("3."):
+        run(config, tmp_path / "run")
+    (line,) = [line for line in warnings(caplog) if "saved" in line]
+    assert line.startswith(f"Step 3 could not be saved in {tmp_path / 'run' / 'checkpoints'} (No s")
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_run_whose_last_save_fails_ends_with_an_error_and_can_be_started_again(
+    unbroken: Path, config: ConfigDict, tmp_path: Path
+) -> None:
+    with no_space_for("6."), pytest.raises(UserError, match=r"Step 6 could .* step 3 is the newes"):
+        run(config, tmp_path / "run")
+    run(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", unbroken)

@@ -1,0 +1,106 @@
+"""What a checkpoint consists of: each file's size and SHA-256, kept in `manifest.json` beside them.
+
+Orbax's formats do not notice everything: a flipped byte of a large array comes back as another
+number, one of a JSON item as another position. SHA-256, since processors have instructions for it:
+it took two thirds of BLAKE2b's time on an x86 core.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+_THREADS = 4  # hashing leaves Python's lock, and reading waits for the disk
+
+
+def seal(folder: Path, beside_items: bool) -> None:
+    """Adds the files of a folder that its manifest does not name yet; those it names stay as named.
+
+    A kill while it writes leaves the manifest that was there before.
+
+    Args:
+      folder: a checkpoint.
+      beside_items: whether to add also the files that lie in the folder itself; those of its
+        subfolders, the items, are always added.
+
+    Raises:
+      OSError: a file cannot be read, or the manifest not be written.
+    """
+    known = _read(folder) if is_sealed(folder) else {}
+    partial = folder / f"{MANIFEST}.partial"
+    new = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path not in (folder / MANIFEST, partial)
+        and (beside_items or path.parent != folder)
+        and path.relative_to(folder).as_posix() not in known
+    ]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for path, digest in zip(new, threads.map(_sha256, new), strict=True):
+            name = path.relative_to(folder).as_posix()
+            known[name] = {"bytes": path.stat().st_size, "sha256": digest}
+    content = {"files": known, "sha256": _own_sha256(known)}
+    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    partial.replace(folder / MANIFEST)
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether a folder has a manifest."""
+    return (folder / MANIFEST).is_file()
+
+
+def find_damage(folder: Path, items: Collection[str] | None = None) -> str:
+    """What is wrong with a sealed folder, as half a sentence; empty if nothing is.
+
+    Args:
+      folder: a checkpoint that `is_sealed`.
+      items: the subfolders to look at beside the files in the folder itself; all, if None.
+    """
+    try:
+        known = _read(folder)
+    except (OSError, ValueError):
+        return f"{MANIFEST} cannot be read"
+    names = [
+        name for name in known if items is None or "/" not in name or name.split("/")[0] in items
+    ]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found = threads.map(lambda name: _difference(folder, name, known[name]), names)
+        wrong = [difference for difference in found if difference]
+    if not wrong:
+        return ""
+    return wrong[0] + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+
+
+def _difference(folder: Path, name: str, known: dict) -> str:
+    """What is wrong with one file; the size first, since that costs no reading."""
+    try:
+        size = (folder / name).stat().st_size
+        if size != known["bytes"]:
+            return f"{name} has {size:,} bytes and not {known['bytes']:,}"
+        return "" if _sha256(folder / name) == known["sha256"] else f"{name} has other bytes"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+
+
+def _read(folder: Path) -> dict[str, dict]:
+    """Path below the folder -> "bytes" and "sha256"; ValueError if the manifest is damaged."""
+    content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or content.get("sha256") != _own_sha256(content.get("files")):
+        raise ValueError(f"{folder / MANIFEST} has other bytes")
+    return content["files"]
+
+
+def _own_sha256(known: dict[str, dict] | None) -> str:
+    """So that damage to the manifest is not taken for damage to a file."""
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
