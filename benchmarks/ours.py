@@ -21,12 +21,14 @@ from colbert_jax import huggingface, maxsim, rates, train
 from colbert_jax.colbert import make_embed
 from colbert_jax.retrieval.encode import Encoder
 from colbert_jax.sharding import global_batch, make_mesh
+from colbert_jax.xla_flags import find_platform, set_flags
 
 PRETRAIN = Path(__file__).resolve().parents[1] / "configs" / "pretrain.py"
 
 
 def build(setup: dict[str, Any]) -> Any:
     """The contestant of a set-up."""
+    set_flags(find_platform())  # as the programs do
     jax.devices()  # the accelerator's libraries, before anything is measured
     return {"maxsim": MaxSim, "step": Step, "encode": Encode}[setup["kind"]](setup)
 

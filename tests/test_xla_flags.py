@@ -163,6 +163,8 @@ def test_a_program_has_the_flags_before_it_touches_a_device(own: str, devices: s
     assert python(COUNT_DEVICES, XLA_FLAGS=own).stdout.split() == [devices]
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "mine", "score", "search", "compile"])
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "mine", "score", "search", "profile_step", "compile"]
+)
 def test_the_programs_that_use_devices_start_that_way(name: str) -> None:
     assert "    cli.run_program(main" in (ROOT / "launch" / f"{name}.py").read_text()
