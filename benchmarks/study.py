@@ -62,7 +62,6 @@ TEACHER_LENGTH = 256  # tokens of a text that it was made for
 
 MODEL = {
     "vocab_size": 16_384,  # a fresh table of ModernBERT's 50,368 rows would hardly be trained
-    "words_only": True,
     "query_length": 24,
     "document_length": 96,
     "embedding_size": 64,

@@ -1,6 +1,7 @@
 """A run's metrics: one JSON object a line, TensorBoard events, and a picture of the curves."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,11 +38,15 @@ class MetricLog:
             )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs values at a step; names are like `train/loss`, `eval/<name>/nDCG@10`."""
+        """Logs values at a step; names are like `train/loss`, `eval/<name>/nDCG@10`.
+
+        What is not finite is left out of the JSON, which has no such numbers.
+        """
         if not self.active:
             return
+        row = {"step": step} | {name: v for name, v in values.items() if math.isfinite(v)}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps(row) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 

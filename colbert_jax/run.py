@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -24,6 +26,7 @@ from colbert_jax.export import export_run
 from colbert_jax.huggingface import Model
 from colbert_jax.interruption import LOCK_FILE, hold_workdir, stop_notice
 from colbert_jax.metric_log import MetricLog, draw_curves
+from colbert_jax.not_finite import FOLDER, NotFinite, keep_steps
 from colbert_jax.rates import Rates, peak_rates
 from colbert_jax.report import write_report
 from colbert_jax.results import Results, results_table, write_json
@@ -39,6 +42,7 @@ from colbert_jax.train import (
     build_step,
     check_batch,
     restore_state,
+    save_state,
     train,
 )
 
@@ -143,6 +147,8 @@ def run_phase(
                 )
             if collections and "trained" not in evals.results:
                 evals.finish(int(state.step), state.params["model"])
+        except NotFinite as failure:
+            raise keep_failure(failure, batches, workdir, plain) from failure
         finally:
             batches.close()
             checkpoints.close()
@@ -191,6 +197,35 @@ def open_training(config: dict[str, Any], corpus: Corpus, model: Model, mesh: Me
     return Training(batches, train_step, optimizer, like)
 
 
+def keep_failure(
+    failure: NotFinite, batches: Batches, workdir: Path, config: dict[str, Any]
+) -> UserError:
+    """Keeps the state and the batches of steps that stop a run; returns what to tell the user.
+
+    What an earlier stop at the same step left is replaced. The run's own checkpoints stay as they
+    are: from the newest of them the same command goes on.
+    """
+    folder = workdir / FOLDER / f"step-{failure.first}"
+    if jax.process_index() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    multihost_utils.sync_global_devices("what an earlier stop left is gone")
+    named = sorted({batches.origin(i)[0] for i in range(failure.first - 1, failure.last)})
+    try:
+        kept = Checkpoints(folder)
+        save_state(kept, failure.state, batches.get_state(), config)
+        kept.close()
+        keep_steps(failure, batches, folder)
+        hint = f"look at them with launch/train.py --config=... --replay={folder}"
+    except (OSError, UserError) as error:
+        hint = f"they could not be kept in {folder} ({error})"
+    return UserError(
+        f"{workdir}: steps {failure.first} to {failure.last} (batches of {', '.join(named)}) had "
+        f"no finite loss and gradient, the last a loss of {failure.values['loss']:.4g} and a "
+        f"gradient's norm of {failure.values['grad_norm']:.4g}, and were skipped: {hint}, and go "
+        "on from the newest checkpoint with a lower config.optimizer.learning_rate or in float32."
+    )
+
+
 def keep_compiled(folder: str) -> None:
     """Has JAX keep compiled programs in a folder, for a run that goes on or is like an earlier one.
 
@@ -224,6 +259,11 @@ def open_workdir(workdir: str | Path) -> Path:
 
 def check_settings(config: dict[str, Any]) -> None:
     """Raises `UserError` where a value is none of those to choose from."""
+    if config["optimizer"]["max_skipped"] < 1:
+        raise UserError(
+            f"config.optimizer.max_skipped={config['optimizer']['max_skipped']}: a run has to stop "
+            "some time when its numbers are not finite; give 1 or more."
+        )
     choices = (
         ("loss", "kind", ("contrastive", "distillation")),
         ("loss", "exchange", ("gather", "ring")),

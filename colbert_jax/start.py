@@ -73,7 +73,7 @@ def new_model(
     """A model from nothing: a tokenizer trained on texts and the encoder that fits it."""
     new_shape(settings, settings.get("vocab_size", 0))  # what is wrong with it, before any work
     logger.info("training a tokenizer of %d tokens on the corpus", settings["vocab_size"])
-    hf_tokenizer = train_tokenizer(texts, settings["vocab_size"], settings["words_only"])
+    hf_tokenizer = train_tokenizer(texts, settings["vocab_size"], words_only=True)
     # Read before ColbertTokenizer makes [MASK] what texts are padded with: an encoder that took it
     # for padding would not train its row in PyTorch.
     special = {

@@ -30,6 +30,7 @@ from colbert_jax.losses import contrastive_loss, distillation_loss
 from colbert_jax.maxsim import maxsim_candidates, maxsim_global
 from colbert_jax.metric_log import MetricLog
 from colbert_jax.micro_batch import Encode, fit_lengths, make_encode, used_lengths
+from colbert_jax.not_finite import Skipped, Watch, choose, judge, none_skipped
 from colbert_jax.optimizer import build_optimizer
 from colbert_jax.sharding import (
     AXIS_RULES,
@@ -56,15 +57,17 @@ class TrainState:
     """All that a step changes.
 
     Attributes:
-      step: number of updates made, int32.
+      step: number of steps made, those that were skipped among them, int32.
       params: `{"model": ..., "loss": ...}`, float32; "loss" holds the log temperature where it is
         learned and is empty otherwise.
       opt_state: the optimiser's, float32.
+      skipped: how many steps changed nothing, since their numbers were not finite.
     """
 
     step: Int[Array, ""]
     params: Params
     opt_state: optax.OptState
+    skipped: Skipped
 
 
 def build_step(
@@ -80,6 +83,27 @@ def build_step(
       sample: lengths in tokens of some of its texts, "query" and "document", to fit the static
         lengths to; without, these are spread evenly.
     """
+    loss_fn = build_loss(config, model, sample)
+    optimizer, schedule = build_optimizer(
+        config["optimizer"],
+        total_steps=config["total_steps"],
+        batch_size=config["input"]["batch_size"],
+    )
+
+    def count_flops(batch: Batch) -> Float[Array, ""]:
+        lengths = used_lengths(batch["query"]), used_lengths(batch["document"])
+        return model_flops(model, config["loss"]["kind"], *lengths)
+
+    most = config["optimizer"]["max_skipped"]
+    return make_train_step(loss_fn, optimizer, schedule, count_flops, most), optimizer
+
+
+def build_loss(
+    config: Mapping[str, Any],
+    model: ColbertConfig,
+    sample: Mapping[str, Any] | None = None,
+) -> LossFn:
+    """Builds the function from parameters and a batch to the loss; arguments as `build_step`'s."""
     settings = config["model"]
     keep_products = settings["remat"] != "none"
     embed = make_embed(
@@ -95,23 +119,12 @@ def build_step(
         recompute = settings["remat"] == "full"
         return make_encode(embed, settings["micro_batch"], lengths, recompute, settings["dtype"])
 
-    loss_fn = make_loss_fn(
+    return make_loss_fn(
         config["loss"],
         encode_of("query"),
         encode_of("document"),
         (lambda params: scanned_params(model, params)) if settings["scan_layers"] else None,
     )
-    optimizer, schedule = build_optimizer(
-        config["optimizer"],
-        total_steps=config["total_steps"],
-        batch_size=config["input"]["batch_size"],
-    )
-
-    def count_flops(batch: Batch) -> Float[Array, ""]:
-        lengths = used_lengths(batch["query"]), used_lengths(batch["document"])
-        return model_flops(model, config["loss"]["kind"], *lengths)
-
-    return make_train_step(loss_fn, optimizer, schedule, count_flops), optimizer
 
 
 def make_loss_fn(
@@ -215,30 +228,43 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     count_flops: Callable[[Batch], Float[Array, ""]],
+    max_skipped: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes the compiled `train_step(state, batch) -> (state, metrics)`; the state is donated.
+
+    A step whose loss or gradient is not finite leaves parameters and moments as they are, and the
+    learning rate where it was.
 
     Args:
       loss_fn: from `make_loss_fn`.
       optimizer: what becomes of the gradient.
       schedule: the learning rate, for the metrics.
       count_flops: what a batch asks for, the metric `model_flops`.
+      max_skipped: steps in a row after which all are skipped.
     """
 
     @collect_later()
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
         with jax.named_scope("optimizer"):
+            grad_norm = optax.tree.norm(grads)
+            usable, skipped = judge(state.skipped, loss, grad_norm, max_skipped)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
+            params = choose(usable, params, state.params)
+            opt_state = choose(usable, opt_state, state.opt_state)
+            updates_made = state.step - state.skipped.in_all
             metrics |= {
-                "grad_norm": optax.tree.norm(grads),
-                "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+                "grad_norm": grad_norm,
+                "learning_rate": jnp.asarray(schedule(updates_made), jnp.float32),
+                "skipped": skipped.in_all,
+                "skipped_in_row": skipped.in_row,
+                "stop": skipped.in_row >= max_skipped,
             }
         metrics["model_flops"] = count_flops(batch)
         if "log_temperature" in state.params["loss"]:
             metrics["temperature"] = jnp.exp(state.params["loss"]["log_temperature"])
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, skipped), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -289,10 +315,12 @@ def abstract_state(
     def with_sharding(shape: jax.ShapeDtypeStruct, sharding: Any) -> Any:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
+    count = with_sharding(jax.ShapeDtypeStruct((), jnp.int32), replicated(mesh))
     return TrainState(
-        step=with_sharding(jax.ShapeDtypeStruct((), jnp.int32), replicated(mesh)),
+        step=count,
         params=jax.tree.map(with_sharding, shapes, shardings),
         opt_state=jax.tree.map(with_sharding, opt_shapes, opt_shardings),
+        skipped=Skipped(in_all=count, in_row=count),
     )
 
 
@@ -356,7 +384,8 @@ def init_state(
 
     def make() -> TrainState:
         params = make_params()
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, params, optimizer.init(params), none_skipped())
 
     return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, like))()
 
@@ -379,14 +408,23 @@ def place_state(
     shardings = jax.tree.map(lambda x: x.sharding, like.opt_state)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(placed)
     step = jax.device_put(jnp.zeros((), jnp.int32), like.step.sharding)
-    return TrainState(step, placed, opt_state)
+    skipped = jax.device_put(none_skipped(), like.step.sharding)
+    return TrainState(step, placed, opt_state, skipped)
 
 
 def restore_state(checkpoints: Checkpoints, like: TrainState) -> tuple[TrainState, dict]:
     """The newest whole checkpoint's state, in the layout of `like`, and the input's position."""
-    optimizer = {"step": like.step, "state": like.opt_state}
-    params, restored, input_state = checkpoints.restore(params=like.params, optimizer=optimizer)
-    return TrainState(restored["step"], params, restored["state"]), input_state
+    params, restored, input_state = checkpoints.restore(
+        params=like.params, optimizer=_beside_params(like)
+    )
+    skipped = Skipped(**restored["skipped"])
+    return TrainState(restored["step"], params, restored["state"], skipped), input_state
+
+
+def _beside_params(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds under "optimizer"."""
+    skipped = {"in_all": state.skipped.in_all, "in_row": state.skipped.in_row}
+    return {"step": state.step, "state": state.opt_state, "skipped": skipped}
 
 
 def save_state(
@@ -400,7 +438,7 @@ def save_state(
     checkpoints.save(
         int(state.step),
         params=state.params,
-        optimizer={"step": state.step, "state": state.opt_state},
+        optimizer=_beside_params(state),
         input_state=input_state,
         config=config,
         value=value,
@@ -416,6 +454,10 @@ class BatchIterator(Protocol):
 
     def get_state(self) -> dict:
         """The position as a small JSON object."""
+        ...
+
+    def origin(self, index: int) -> tuple[str, list[int]]:
+        """The source of a batch, counted from 0, and which of its rows this host's are."""
         ...
 
 
@@ -454,8 +496,12 @@ def train(
 
     Returns:
       The last state.
+
+    Raises:
+      NotFinite: too many steps in a row were skipped, since their numbers were not finite.
     """
     first = int(state.step)
+    watch = Watch(lambda step: batches.origin(step - 1)[0])
     bar = tqdm(
         total=total_steps,
         initial=first,
@@ -476,8 +522,10 @@ def train(
                 asked = time.perf_counter()
                 batch = global_batch(next(batches), mesh)
                 waited += time.perf_counter() - asked
+            watch.note(step, metrics, state)
             if step == total_steps or (log_every_steps and step % log_every_steps == 0):
                 values = {f"train/{k}": float(v) for k, v in jax.device_get(metrics).items()}
+                del values["train/skipped_in_row"], values["train/stop"]  # the watch's
                 steps, now = step - last_logged, time.perf_counter()
                 seconds = (now - since) / steps
                 values |= {
@@ -497,6 +545,7 @@ def train(
             value = None if stop else evaluate(step, state.params)
             best = checkpoints.is_best(value, config)
             if checkpoints.due(step) or best or stop or step == total_steps:
+                watch.look(state)
                 save_state(checkpoints, state, position, config, value)
             if stop:
                 break

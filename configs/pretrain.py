@@ -102,6 +102,7 @@ def get_config() -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 1.0
+    config.optimizer.max_skipped = 10  # steps in a row whose numbers are not finite; then it stops
     config.optimizer.gradient_of = "sum"
     # The original clips the gradient of the summed loss, so that nearly every step has norm 1, and
     # its learning rate was swept that way; "mean" clips the gradient of the loss itself.

@@ -53,7 +53,6 @@ def get_config() -> ConfigDict:
     config.model.do_query_expansion = False
     config.model.attend_to_expansion_tokens = False
     config.model.vocab_size = 8192
-    config.model.words_only = True
     config.model.encoder = ConfigDict()
     config.model.encoder.hidden_size = 128
     config.model.encoder.intermediate_size = 192
@@ -76,6 +75,7 @@ def get_config() -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 1.0
+    config.optimizer.max_skipped = 10  # steps in a row whose numbers are not finite; then it stops
     config.optimizer.gradient_of = "mean"
 
     config.checkpoint = ConfigDict({"every_steps": 100, "max_to_keep": 2})

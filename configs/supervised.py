@@ -85,6 +85,7 @@ def get_config() -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 1.0
+    config.optimizer.max_skipped = 10  # steps in a row whose numbers are not finite; then it stops
     config.optimizer.gradient_of = "mean"  # clip that of the loss itself
 
     config.checkpoint = ConfigDict({"every_steps": 1500, "max_to_keep": 3})

@@ -338,6 +338,7 @@ EVERY_PHASE: dict[str, Any] = {
     "optimizer.eps": 1e-8,
     "optimizer.weight_decay": 0.0,
     "optimizer.clip_norm": 1.0,
+    "optimizer.max_skipped": 10,
 }
 
 

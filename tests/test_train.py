@@ -19,6 +19,7 @@ from colbert_jax.colbert import ColbertConfig, DenseConfig, init_params, make_em
 from colbert_jax.metric_log import MetricLog, draw_curves, read_metrics
 from colbert_jax.micro_batch import make_encode
 from colbert_jax.modernbert import ModernBertConfig
+from colbert_jax.not_finite import none_skipped
 from colbert_jax.optimizer import build_optimizer
 from colbert_jax.sharding import global_batch, make_mesh
 from colbert_jax.train import (
@@ -65,6 +66,7 @@ TRAIN_METRICS = {
         f"train/{name}"
         for name in ("loss", "accuracy", "grad_norm", "learning_rate", "real_tokens", "mfu")
     ),
+    "train/skipped",
     *("train/pairs_per_second", "train/tokens_per_second", "time/step", "time/data_wait"),
 }
 
@@ -104,6 +106,9 @@ class Repeat:
     def get_state(self) -> dict:
         return {"next_index": self.count}
 
+    def origin(self, index: int) -> tuple[str, list[int]]:
+        return "repeated", [index]
+
 
 @dataclasses.dataclass
 class Trained:
@@ -139,7 +144,8 @@ def overfit(workdir: Path, batch: Batch, dtype: str = "float32", **loss: Any) ->
     optimizer, schedule = build_optimizer(OPTIMIZER, total_steps=TOTAL_STEPS, batch_size=BATCH)
     encode = make_encode(make_embed(MODEL, dtype))
     loss_fn = make_loss_fn(LOSS | loss, encode, encode)
-    step = make_train_step(loss_fn, optimizer, schedule, lambda batch: jnp.float32(MODEL_FLOPS))
+    flops = jnp.float32(MODEL_FLOPS)
+    step = make_train_step(loss_fn, optimizer, schedule, lambda batch: flops, max_skipped=3)
     like = abstract_state(MODEL, optimizer, mesh, learn)
     extra = {"log_temperature": jnp.log(jnp.float32(LOSS["temperature"]))} if learn else {}
     input_ = Repeat(batch)
@@ -294,9 +300,9 @@ def test_python_collects_no_garbage_while_a_step_is_traced_but_afterwards() -> N
         return jnp.sum(params["model"]), {}
 
     optimizer, schedule = build_optimizer(OPTIMIZER, total_steps=TOTAL_STEPS, batch_size=BATCH)
-    step = make_train_step(loss_fn, optimizer, schedule, lambda batch: jnp.float32(0))
+    step = make_train_step(loss_fn, optimizer, schedule, lambda batch: jnp.float32(0), 3)
     params = {"model": jnp.ones(3), "loss": {}}
-    step(TrainState(jnp.int32(0), params, optimizer.init(params)), {})
+    step(TrainState(jnp.int32(0), params, optimizer.init(params), none_skipped()), {})
     assert seen == [False] and gc.isenabled()
 
 
@@ -343,9 +349,9 @@ def test_checkpoints_are_saved_when_due_and_at_the_end(contrastive: Trained) -> 
 @pytest.mark.parametrize("every, steps", [(0, [5]), (1, [1, 2, 3, 4, 5]), (3, [3, 5])])
 def test_the_last_step_is_always_logged(tmp_path: Path, every: int, steps: list[int]) -> None:
     mesh, log = make_mesh(), MetricLog(tmp_path)
-    metrics = {name: jnp.float32(1) for name in ("loss", "accuracy", "tokens", "model_flops")}
+    metrics = step_metrics()
     train(
-        TrainState(jnp.int32(0), {"model": {}, "loss": {}}, {}),
+        TrainState(jnp.int32(0), {"model": {}, "loss": {}}, {}, none_skipped()),
         lambda state, batch: (dataclasses.replace(state, step=state.step + 1), metrics),
         Repeat({"x": np.zeros((8, 1), np.float32)}),
         mesh=mesh,
@@ -366,7 +372,7 @@ def test_the_next_batch_is_sent_while_the_devices_are_at_this_one(
 ) -> None:
     events: list[str] = []
     batches = Repeat({"x": np.zeros((8, 1), np.float32)})
-    metrics = {name: jnp.float32(1) for name in ("loss", "accuracy", "tokens", "model_flops")}
+    metrics = step_metrics()
 
     def place(batch: Batch, mesh: Any) -> Batch:
         events.append(f"send {batches.count}")
@@ -391,7 +397,7 @@ def test_the_next_batch_is_sent_while_the_devices_are_at_this_one(
     monkeypatch.setattr("colbert_jax.train.jax.device_get", fetch)
     log = MetricLog(tmp_path)
     train(
-        TrainState(jnp.int32(0), {"model": {}, "loss": {}}, {}),
+        TrainState(jnp.int32(0), {"model": {}, "loss": {}}, {}, none_skipped()),
         step,
         batches,
         mesh=make_mesh(),
@@ -409,6 +415,12 @@ def test_the_next_batch_is_sent_while_the_devices_are_at_this_one(
         *("step", "send 3", "fetch", "save 2 at 2"),
         *("step", "fetch", "save 3 at 3"),
     ]
+
+
+def step_metrics() -> dict[str, Any]:
+    ones = ("loss", "accuracy", "tokens", "model_flops", "grad_norm")
+    zeros = ("skipped", "skipped_in_row", "stop")
+    return {n: jnp.float32(1) for n in ones} | {n: jnp.float32(0) for n in zeros}
 
 
 class NoCheckpoints(Checkpoints):

@@ -28,14 +28,21 @@ class Batches:
     hosts, worker processes and threads. Close it when done.
     """
 
-    def __init__(self, make_stream: Callable[[int], grain.IterDataset], sources: str):
+    def __init__(
+        self,
+        make_stream: Callable[[int], grain.IterDataset],
+        origin: Callable[[int], tuple[str, list[int]]],
+        sources: str,
+    ):
         """Begins at step 0.
 
         Args:
           make_stream: `make_stream(step)` makes the dataset of the batches from a step on.
+          origin: `origin(step)` is the source of a batch, and which of its rows this host's are.
           sources: a digest of what decides, beside a run's config, which rows come when.
         """
         self._make_stream = make_stream
+        self.origin = origin
         self._sources = sources
         self._next_index = 0
         self._iterator: grain.DatasetIterator | None = None
@@ -135,11 +142,19 @@ def make_batches(
     steps = mixture.repeat()
     steps[0]  # as in _row_order
 
-    def read_batch(step: int) -> dict[str, Any]:
+    def find_rows(step: int) -> tuple[str, range]:
+        """The source of a step's batch, and where in its order this host's rows are."""
         name, start = steps[step]
-        source, order = usable[name], orders[name]
         first = start + process_index * share
-        positions = range(first, first + share)
+        return name, range(first, first + share)
+
+    def origin(step: int) -> tuple[str, list[int]]:
+        name, positions = find_rows(step)
+        return name, [int(orders[name][position]) for position in positions]
+
+    def read_batch(step: int) -> dict[str, Any]:
+        name, positions = find_rows(step)
+        source, order = usable[name], orders[name]
         documents = min(source.min_documents, max_documents)
         rows = source.__getitems__([order[position] for position in positions])
         if source.has_scores:
@@ -163,7 +178,7 @@ def make_batches(
 
     sizes = {name: len(source) for name, source in sources.items()}
     digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()
-    return Batches(make_stream, digest[:16])
+    return Batches(make_stream, origin, digest[:16])
 
 
 def _start_worker(index: int, count: int) -> None:

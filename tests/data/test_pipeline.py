@@ -373,3 +373,15 @@ def test_an_error_while_encoding_reaches_the_caller():
     with pytest.raises(UserError, match="cannot be encoded"):
         next(iterator)
     iterator.close()
+
+
+def test_the_rows_that_a_step_is_said_to_have_are_those_of_its_batch():
+    sources = {"a": _source("a", 30), "b": _source("b", 17)}
+    for host in range(2):
+        batches = _batches(sources, batch_size=4, seed=3, host=host, hosts=2)
+        taken = [next(batches)["query"].tolist() for _ in range(25)]  # more than an epoch
+        batches.close()
+        for step, batch in enumerate(taken):
+            name, rows = batches.origin(step)
+            assert batch == [f"{name}/{row}" for row in rows]
+            assert all(type(row) is int for row in rows)
