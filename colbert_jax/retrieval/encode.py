@@ -54,7 +54,7 @@ class Block(NamedTuple):
 
 def document_lengths(longest: int) -> tuple[int, ...]:
     """The static lengths that documents are padded to: each costs a compilation."""
-    return tuple(sorted({-(-longest * quarter // 4) for quarter in (1, 2, 3, 4)}))
+    return tuple(sorted({-(-longest * eighth // 8) for eighth in range(1, 9)}))
 
 
 class Encoder:
