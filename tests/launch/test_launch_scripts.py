@@ -4,8 +4,6 @@ A stand-in lies first on PATH and records its arguments; that of gcloud also kee
 a folder: a pod whose workers are home folders, in which it really runs what it is told to.
 """
 
-import ast
-import copy
 import json
 import os
 import re
@@ -14,24 +12,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jsonschema
 import pytest
-import yaml
+from stand_ins import LAUNCH, ROOT, one_error, recorded, recorder, wait_for, write_program
 
-from colbert_jax import cli
 from colbert_jax.errors import UserError
 from colbert_jax.sharding import join_hosts
 
-ROOT = Path(__file__).parents[2]
-LAUNCH = ROOT / "launch"
-SCRIPTS = ("tpu_pod.sh", "local_pod.sh", "slurm.sbatch")
+SCRIPTS = ("tpu_pod.sh", "gke.sh", "local_pod.sh", "slurm.sbatch")
 
 # What a careless script would split, expand, run or lose.
 HARD = (
@@ -40,42 +33,6 @@ HARD = (
     "--config.model.document_prompt=",
     "--config.x=`id` & \\ | > <",
 )
-
-
-def write_program(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(textwrap.dedent(text).lstrip().replace("#!python", f"#!{sys.executable} -SE"))
-    path.chmod(0o755)
-
-
-def recorder(name: str) -> str:
-    """A program that records its name, its arguments and what is told of JAX, and succeeds."""
-    return f"""
-        #!python
-        import json, os, sys
-        told = {{k: v for k, v in os.environ.items() if k.startswith(("JAX_", "COLBERT_", "XLA_"))}}
-        with open(os.environ["RECORD"], "a") as file:
-            file.write(json.dumps([{name!r}, sys.argv[1:], told]) + "\\n")
-    """
-
-
-def recorded(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def one_error(result: subprocess.CompletedProcess[str]) -> str:
-    """The one sentence of a user's mistake."""
-    assert result.returncode == 2, result.stderr
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ") and line.endswith(".") and result.stdout == ""
-    return line
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -917,206 +874,3 @@ def test_a_local_pod_really_trains(tmp_path: Path) -> None:
     assert steps == [1, 2]
     (session,) = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]
     assert session["processes"] == 2 and session["devices"] == 4
-
-
-# --- GKE ---
-
-
-def fields(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
-    """A JSON schema of an object with these fields and no other."""
-    return {
-        "type": "object",
-        "properties": required | optional,
-        "required": list(required),
-        "additionalProperties": False,
-    }
-
-
-def each(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "minItems": 1, "items": items}
-
-
-TEXT = {"type": "string", "minLength": 1}
-NAME = {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$", "maxLength": 40}
-COUNT = {"type": "integer", "minimum": 1}
-TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
-CHIPS = fields({"google.com/tpu": COUNT})
-CONTAINER = fields(
-    {"name": NAME, "image": TEXT, "args": each(TEXT), "resources": fields({"limits": CHIPS})},
-    env=each(fields({"name": TEXT, "value": {"type": "string"}})),
-    securityContext=fields({"runAsUser": {"type": "integer", "minimum": 0}}),
-    volumeMounts=each(fields({"name": NAME, "mountPath": {"type": "string", "pattern": "^/"}})),
-)
-CONTAINER["properties"]["resources"]["properties"]["requests"] = CHIPS
-CSI = fields({"driver": TEXT}, volumeAttributes=TEXTS)
-PODS = fields(
-    {"restartPolicy": {"const": "Never"}, "containers": each(CONTAINER)},
-    terminationGracePeriodSeconds=COUNT,
-    serviceAccountName=NAME,
-    nodeSelector=TEXTS,
-    volumes=each(fields({"name": NAME, "csi": CSI})),
-)
-ON_EXIT = fields(
-    {"operator": {"enum": ["In", "NotIn"]}, "values": each({"type": "integer"})},
-    containerName=NAME,
-)
-JOBS = fields(
-    {
-        "completions": COUNT,
-        "parallelism": COUNT,
-        "backoffLimit": {"const": 0},
-        "template": fields({"spec": PODS}, metadata=fields({}, annotations=TEXTS)),
-    },
-    completionMode={"const": "Indexed"},
-    podFailurePolicy=fields(
-        {"rules": each(fields({"action": {"const": "FailJob"}, "onExitCodes": ON_EXIT}))}
-    ),
-)
-ACTIONS = {"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]}
-REASONS = {
-    "enum": [
-        *("BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes"),
-        *("MaxFailedIndexesExceeded", "PodFailurePolicy"),
-    ]
-}
-JOBSET = fields(
-    {
-        "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
-        "kind": {"const": "JobSet"},
-        "metadata": fields({"name": NAME}, annotations=TEXTS),
-        "spec": fields(
-            {
-                "failurePolicy": fields(
-                    {"maxRestarts": COUNT},
-                    rules=each(
-                        fields({"action": ACTIONS, "name": TEXT}, onJobFailureReasons=each(REASONS))
-                    ),
-                ),
-                "replicatedJobs": each(
-                    fields({"name": NAME, "replicas": COUNT, "template": fields({"spec": JOBS})})
-                ),
-            }
-        ),
-    }
-)
-
-
-def jobset() -> Any:
-    return yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
-
-
-def pods_of(document: Any) -> Any:
-    return document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-
-
-def test_the_jobset_is_valid() -> None:
-    jsonschema.Draft202012Validator.check_schema(JOBSET)
-    jsonschema.validate(jobset(), JOBSET)
-
-
-@pytest.mark.parametrize(
-    "where, value",
-    [
-        (("spec", "failurePolicy", "maxRestart"), 3),
-        (("spec", "failurePolicy", "maxRestarts"), "3"),
-        (("spec", "replicatedJobs", 0, "template", "spec", "completion"), 4),
-        (("spec", "replicatedJobs", 0, "template", "spec", "backoffLimit"), 6),
-        (("spec", "replicatedJobs", 0, "replica"), 1),
-        (("metadata", "name"), "Colbert_JAX"),
-        (("apiVersion",), "jobset.x-k8s.io/v1alpha1"),
-    ],
-)
-def test_the_schema_refuses_what_the_api_does(where: tuple[Any, ...], value: Any) -> None:
-    broken = copy.deepcopy(jobset())
-    inner = broken
-    for key in where[:-1]:
-        inner = inner[key]
-    inner[where[-1]] = value
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(broken, JOBSET)
-
-
-def test_the_jobset_fills_its_slice_and_agrees_with_itself() -> None:
-    document = jobset()
-    (jobs,) = document["spec"]["replicatedJobs"]
-    job, pod = jobs["template"]["spec"], pods_of(document)
-    (container,) = pod["containers"]
-    x, y = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
-    chips = container["resources"]["limits"]["google.com/tpu"]
-    assert container["resources"]["requests"]["google.com/tpu"] == chips
-    assert x * y == chips * job["completions"] and job["parallelism"] == job["completions"]
-    assert [m["name"] for m in container["volumeMounts"]] == [v["name"] for v in pod["volumes"]]
-    (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"]["containerName"] == container["name"]
-    assert rule["onExitCodes"]["values"] == [cli.USER_ERROR_STATUS]
-    assert {"name": "COLBERT_JAX_HOSTS", "value": "auto"} in container["env"]
-    # What the file says is to be replaced, and nothing else, has a dollar.
-    text = (LAUNCH / "gke_jobset.yaml").read_text()
-    values = [line.partition("#")[0] for line in text.splitlines()]
-    assert re.findall(r"\$\S*", "\n".join(values)) == ["${IMAGE}", "${BUCKET}"]
-
-
-def test_the_jobset_trains_with_flags_that_there_are() -> None:
-    (container,) = pods_of(jobset())["containers"]
-    given = dict(argument.split("=", 1) for argument in container["args"])
-    config = ROOT / given.pop("--config")
-    mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
-    assert any(given.pop("--workdir").startswith(f"{mount}/") for mount in mounts)
-    namespace: dict[str, Any] = {}
-    exec(config.read_text(), namespace)
-    keys = [key.removeprefix("--config.") for key in given]
-    assert all(key.startswith("--config.") for key in given)
-    cli.check_keys(namespace["get_config"](), keys)
-
-
-# --- the image ---
-
-
-def instructions() -> list[tuple[str, str]]:
-    text = (LAUNCH / "Dockerfile").read_text().replace("\\\n", " ")
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return [(line.split(None, 1)[0], line.split(None, 1)[1]) for line in lines]
-
-
-def extras() -> set[str]:
-    tree = ast.parse((ROOT / "setup.py").read_text())
-    (found,) = [
-        node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.keyword) and node.arg == "extras_require"
-    ]
-    assert isinstance(found, ast.Dict)
-    return {key.value for key in found.keys if isinstance(key, ast.Constant)}
-
-
-def test_the_image_copies_what_there_is_and_what_is_needed() -> None:
-    copied: set[str] = set()
-    for name, rest in instructions():
-        if name == "COPY":
-            *sources, target = rest.split()
-            for source in sources:
-                assert (ROOT / source).exists(), source
-                if (ROOT / source).is_dir():  # whose content, not itself, is copied
-                    assert target == f"./{source}"
-            copied |= set(sources)
-    assert copied == {
-        *("setup.py", "pyproject.toml", "README.md", "LICENSE"),
-        *("colbert_jax", "configs", "launch"),
-    }
-
-
-def test_the_image_installs_an_extra_that_there_is_and_trains_without_root() -> None:
-    given = instructions()
-    names = [name for name, _ in given]
-    arguments = dict(rest.split("=", 1) for name, rest in given if name == "ARG")
-    assert set(arguments) == {"EXTRA"} and arguments["EXTRA"] == "tpu"
-    assert {"tpu", "cuda"} <= extras()
-    installs = [i for i, (name, rest) in enumerate(given) if name == "RUN" and "pip" in rest]
-    (install,) = installs
-    assert '".[${EXTRA}]"' in given[install][1]
-    assert names[0] == "FROM" and re.fullmatch(r"python:3\.1[1-9]-slim", given[0][1])
-    (user,) = [i for i, name in enumerate(names) if name == "USER"]
-    assert given[user][1] not in ("root", "0") and user > install
-    assert any(rest.startswith("useradd") and given[user][1] in rest for _, rest in given)
-    assert given[-1][0] == "ENTRYPOINT"
-    assert json.loads(given[-1][1]) == ["python", "launch/train.py"]
