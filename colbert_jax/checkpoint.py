@@ -101,7 +101,9 @@ class Checkpoints:
         )
         # Kept here, because that of a step which is still being written cannot be read yet.
         self._worth: dict[int, _Worth | None] = {
-            step: self.manager.metrics(step) for step in self.manager.all_steps()
+            step: manifest.read_notes(self.folder / str(step)).get("worth")
+            or self.manager.metrics(step)
+            for step in self.manager.all_steps()
         }
 
     def _name_unfinished(self) -> None:
@@ -142,6 +144,24 @@ class Checkpoints:
         known = {step: self._worth.get(step) for step in self._steps()}
         best = _best({step: w for step, w in known.items() if w and w.get("of") == worth["of"]})
         return best is None or worth["value"] > best[1]
+
+    def rate(self, step: int, value: float | None, config: Mapping[str, Any]) -> None:
+        """Notes what a saved step is worth, where that was found out after it was saved.
+
+        Args:
+          step: whole, with a manifest.
+          value: as `save` takes it; None changes nothing.
+          config: likewise.
+        """
+        folder = self.folder / str(step)
+        if value is None or step not in self._steps() or not manifest.is_sealed(folder):
+            return
+        self._worth[step] = worth = _worth(value, config)
+        if jax.process_index() == 0:
+            try:
+                manifest.note(folder, {"worth": worth})
+            except OSError as error:
+                logger.warning("%s: its value cannot be noted (%s).", folder, error.strerror)
 
     def find_step(self, name: str) -> int:
         """The step that a name means: "latest", "best" or a number.

@@ -12,12 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from colbert_jax.colbert import Embed, Params
 from colbert_jax.data.inputs import Corpus
 from colbert_jax.errors import UserError
-from colbert_jax.metric_log import MetricLog
+from colbert_jax.metric_log import MetricLog, read_metrics
 from colbert_jax.results import Results, write_json
 from colbert_jax.retrieval.collection import Collection
 from colbert_jax.retrieval.datasets import open_dataset
@@ -115,6 +116,18 @@ class Evals:
         values = self.finish(step, params) if last else self._means(step, params)
         value = values.get(self.settings["best"])
         return value if value is not None and math.isfinite(value) else None
+
+    def make_up(self, step: int, params: Params) -> float | None:
+        """Measures a resumed run's step where that was due, and the run was asked to stop there.
+
+        Returns:
+          As `during`.
+        """
+        rows = read_metrics(self.workdir) if jax.process_index() == 0 else []
+        done = any(row["step"] == step and any(n.startswith("eval/") for n in row) for row in rows)
+        if multihost_utils.broadcast_one_to_all(np.asarray(done)):
+            return None
+        return self.during(step, params, last=False)
 
     def finish(self, step: int, params: Params) -> dict[str, float]:
         """Measures the trained model, and looks into single queries."""

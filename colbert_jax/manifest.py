@@ -1,8 +1,11 @@
 """What a checkpoint consists of: each file's size and SHA-256, kept in `manifest.json` beside them.
 
 Orbax's formats do not notice everything: a flipped byte of a large array comes back as another
-number, one of a JSON item as another position. SHA-256, since processors have instructions for it:
-it took two thirds of BLAKE2b's time on an x86 core.
+number, one of a JSON item as another position. What is found out about a checkpoint later is noted
+here as well, since its own files stay as they were saved.
+
+SHA-256, since processors have instructions for it: it took two thirds of BLAKE2b's time on an x86
+core.
 """
 
 import hashlib
@@ -10,6 +13,7 @@ import json
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "manifest.json"
 
@@ -29,7 +33,7 @@ def seal(folder: Path, beside_items: bool) -> None:
     Raises:
       OSError: a file cannot be read, or the manifest not be written.
     """
-    known = _read(folder) if is_sealed(folder) else {}
+    known, notes = _read(folder) if is_sealed(folder) else ({}, {})
     partial = folder / f"{MANIFEST}.partial"
     new = [
         path
@@ -43,9 +47,26 @@ def seal(folder: Path, beside_items: bool) -> None:
         for path, digest in zip(new, threads.map(_sha256, new), strict=True):
             name = path.relative_to(folder).as_posix()
             known[name] = {"bytes": path.stat().st_size, "sha256": digest}
-    content = {"files": known, "sha256": _own_sha256(known)}
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    partial.replace(folder / MANIFEST)
+    _write(folder, known, notes)
+
+
+def note(folder: Path, notes: dict[str, Any]) -> None:
+    """Adds to what is noted of a sealed folder.
+
+    Raises:
+      OSError: the manifest cannot be written.
+      ValueError: it is damaged.
+    """
+    known, before = _read(folder)
+    _write(folder, known, before | notes)
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """What is noted of a folder; nothing where there is no manifest that can be read."""
+    try:
+        return _read(folder)[1]
+    except (OSError, ValueError):
+        return {}
 
 
 def is_sealed(folder: Path) -> bool:
@@ -61,7 +82,7 @@ def find_damage(folder: Path, items: Collection[str] | None = None) -> str:
       items: the subfolders to look at beside the files in the folder itself; all, if None.
     """
     try:
-        known = _read(folder)
+        known, _ = _read(folder)
     except (OSError, ValueError):
         return f"{MANIFEST} cannot be read"
     names = [
@@ -88,17 +109,30 @@ def _difference(folder: Path, name: str, known: dict) -> str:
         return f"{name} cannot be read: {error.strerror}"
 
 
-def _read(folder: Path) -> dict[str, dict]:
-    """Path below the folder -> "bytes" and "sha256"; ValueError if the manifest is damaged."""
+def _read(folder: Path) -> tuple[dict[str, dict], dict[str, Any]]:
+    """Path below the folder -> "bytes" and "sha256", and notes; ValueError if it is damaged."""
     content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or content.get("sha256") != _own_sha256(content.get("files")):
+    if not isinstance(content, dict):
+        raise ValueError(f"{folder / MANIFEST} is no manifest")
+    notes = content.get("notes", {})
+    if content.get("sha256") != _own_sha256(content.get("files"), notes):
         raise ValueError(f"{folder / MANIFEST} has other bytes")
-    return content["files"]
+    return content["files"], notes
 
 
-def _own_sha256(known: dict[str, dict] | None) -> str:
+def _write(folder: Path, known: dict[str, dict], notes: dict[str, Any]) -> None:
+    content = {"files": known, "sha256": _own_sha256(known, notes)}
+    if notes:
+        content["notes"] = notes
+    partial = folder / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    partial.replace(folder / MANIFEST)
+
+
+def _own_sha256(known: dict[str, dict] | None, notes: dict[str, Any]) -> str:
     """So that damage to the manifest is not taken for damage to a file."""
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    signed = [known, notes] if notes else known
+    return hashlib.sha256(json.dumps(signed, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

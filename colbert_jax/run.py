@@ -121,6 +121,9 @@ def run_phase(
             evals.forget_trained()
         if resumed is None:
             evals.start(state.params["model"])
+        elif resumed < config.total_steps:
+            value = evals.make_up(resumed, state.params["model"])
+            checkpoints.rate(resumed, value, plain)
 
         def evaluate(step: int, params: Params) -> float | None:
             return evals.during(step, params["model"], last=step == config.total_steps)

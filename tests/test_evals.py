@@ -1,5 +1,6 @@
 """Evaluators in training: measured when asked, at no cost to the run, and the best step is kept."""
 
+import contextlib
 import copy
 import json
 import math
@@ -20,10 +21,11 @@ from tiny_run import read_strictly, text_pairs, tiny_config, write_beir, write_l
 
 from colbert_jax import evals as evals_module
 from colbert_jax import huggingface
+from colbert_jax import run as run_module
 from colbert_jax.checkpoint import Checkpoints
 from colbert_jax.colbert import make_embed
 from colbert_jax.data.inputs import Corpus
-from colbert_jax.errors import UserError
+from colbert_jax.errors import Interrupted, UserError
 from colbert_jax.evals import Evals, check_evals, evaluation_path, open_collections
 from colbert_jax.export import export_run, read_run, results_at
 from colbert_jax.metric_log import MetricLog, read_metrics
@@ -564,6 +566,26 @@ def test_a_stopped_run_keeps_its_best_and_goes_on_from_the_newest(
             np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     assert [row["step"] for row in read_metrics(workdir) if "train/loss" in row] == [*range(1, 7)]
     assert list(measured(workdir)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_evaluation_that_a_stop_left_out_is_made_up_for(
+    chosen: Path, scripted_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is asked to stop after the very step that would have been its best."""
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        script = Scripted(patched, VALUES)
+        notice = contextlib.nullcontext(lambda step: step == 2)
+        patched.setattr(run_module, "stop_notice", lambda: notice)
+        with pytest.raises(Interrupted):
+            run(scripted_config, workdir)
+    assert script.seen == [1] and best(workdir) == (1, 0.2)
+    script = Scripted(monkeypatch, VALUES)
+    run(scripted_config, workdir)
+    assert script.seen == [2, 3, 4, 5, 6]
+    assert kept(workdir) == [2, 6] and best(workdir) == (2, 0.5)
+    assert list(measured(workdir)) == list(measured(chosen)) == [1, 2, 3, 4, 5, 6]
+    read_run(workdir, "best")  # whole, though its value was noted after it was saved
 
 
 def test_a_run_may_go_on_for_longer_and_by_another_measure(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from colbert_jax.manifest import MANIFEST, find_damage, is_sealed, seal
+from colbert_jax.manifest import MANIFEST, find_damage, is_sealed, note, read_notes, seal
 
 
 @pytest.fixture
@@ -60,6 +60,20 @@ def test_files_beside_the_items_can_be_added_later(folder: Path) -> None:
     assert find_damage(folder) == "params/shapes has 3 bytes and not 13,000"
     (folder / "done").unlink()
     assert find_damage(folder, ("optimizer",)) == "done is missing"
+
+
+def test_notes_come_later_stay_and_are_known_to_the_byte(folder: Path) -> None:
+    assert read_notes(folder) == {}
+    seal(folder, beside_items=False)
+    note(folder, {"value": 0.25})
+    note(folder, {"of": "MAP"})
+    (folder / "late").mkdir()
+    (folder / "late" / "file").write_text("new")
+    seal(folder, beside_items=True)
+    assert read_notes(folder) == {"value": 0.25, "of": "MAP"} and find_damage(folder) == ""
+    whole = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(whole.replace("0.25", "0.75"))
+    assert find_damage(folder) == "manifest.json cannot be read" and read_notes(folder) == {}
 
 
 def test_a_manifest_that_could_not_be_written_leaves_the_one_before(
