@@ -291,7 +291,7 @@ def measure(config: dict[str, Any], model: ColbertConfig, mesh: Mesh, topology: 
     device = mesh.devices.flat[0]
     chip = next((c for c in CHIPS.values() if c.kind == device.device_kind), None)
     sizes = dict(mesh.shape)
-    work = step_work(config, model, sizes, accelerator=device.platform != "cpu")
+    work = step_work(config, model, sizes, device.platform)
     start = time.perf_counter()
     compiled, wanted = compile_step(config, model, mesh)
     took = time.perf_counter() - start

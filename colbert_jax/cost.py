@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Num
 
+from colbert_jax import maxsim_tpu
 from colbert_jax.attention import BANDED_FROM, SPLASH_FROM
 from colbert_jax.colbert import ColbertConfig, param_shapes
 from colbert_jax.maxsim import KEPT_WINNERS, TILE_SIMILARITIES
@@ -163,35 +164,56 @@ def token_flops(model: ColbertConfig) -> float:
     return float(encoder.num_hidden_layers * (8 * hidden**2 + 6 * hidden * width) + projection)
 
 
-def logits_of(model: ColbertConfig, length: int) -> float:
+def blocks_from(model: ColbertConfig, platform: str, attention: str) -> int:
+    """From how many tokens on local layers leave out keys that are too far away.
+
+    Args:
+      model: the model's shape.
+      platform: "cpu", "gpu" or "tpu".
+      attention: `config.model.attention`.
+    """
+    if platform == "tpu" and attention == "auto":
+        return SPLASH_FROM
+    return BANDED_FROM[platform] * (model.encoder.local_attention // 2)
+
+
+def logits_of(model: ColbertConfig, length: int, in_blocks: bool) -> float:
     """Pairs of tokens that all layers together compute a logit for, in a text of a length.
 
-    Local layers compute all pairs and mask them, or, in long texts, three blocks of keys for a
-    block of queries.
+    Args:
+      model: the model's shape.
+      length: tokens of the text.
+      in_blocks: whether local layers compute three blocks of keys for a block of queries, or all
+        pairs, and mask them.
     """
     encoder, reach = model.encoder, model.encoder.local_attention // 2
     everywhere = len([i for i in range(encoder.num_hidden_layers) if encoder.is_global(i)])
-    seen = min(3 * reach, length) if length >= BANDED_FROM["cpu"] * reach else length
+    seen = min(3 * reach, length) if in_blocks else length
     return float(length * (everywhere * length + (encoder.num_hidden_layers - everywhere) * seen))
 
 
-def forward_flops(model: ColbertConfig, texts: int, length: int) -> float:
+def forward_flops(model: ColbertConfig, texts: int, length: int, in_blocks: bool) -> float:
     """FLOPs of the encoder's forward pass over `ids[texts, length]` as it is computed."""
-    logits = 4.0 * model.encoder.hidden_size * logits_of(model, length)
+    logits = 4.0 * model.encoder.hidden_size * logits_of(model, length, in_blocks)
     return texts * (length * token_flops(model) + logits)
 
 
 def recomputed_flops(
-    model: ColbertConfig, texts: int, length: int, settings: Mapping[str, Any], lengths: int
+    model: ColbertConfig,
+    texts: int,
+    length: int,
+    settings: Mapping[str, Any],
+    lengths: int,
+    in_blocks: bool,
 ) -> float:
     """FLOPs that the backward pass of an encoder spends on its forward pass, by `remat`."""
     if settings["remat"] == "none":
         return 0.0
     # Of a layer, the logits: all other products are kept.
-    again = texts * 2.0 * model.encoder.hidden_size * logits_of(model, length)
+    again = texts * 2.0 * model.encoder.hidden_size * logits_of(model, length, in_blocks)
     in_parts = 0 < settings["micro_batch"] < texts or lengths > 1
     if settings["remat"] == "full" and in_parts:
-        again += forward_flops(model, texts, length)
+        again += forward_flops(model, texts, length, in_blocks)
     return again
 
 
@@ -207,7 +229,7 @@ def encoder_work(
     length: int,
     settings: Mapping[str, Any],
     lengths: int = 1,
-    fused: bool = False,
+    platform: str = "cpu",
 ) -> Work:
     """Forward and backward pass of the encoder over one device's texts, at full length.
 
@@ -226,15 +248,19 @@ def encoder_work(
       length: tokens of a text.
       settings: `config.model`.
       lengths: static lengths that texts are encoded in.
-      fused: whether logits stay on the chip.
+      platform: "cpu", "gpu" or "tpu": what computes attention, and whether logits stay on the chip.
     """
-    encoder = model.encoder
-    forward = forward_flops(model, texts, length)
-    again = recomputed_flops(model, texts, length, settings, lengths)
+    encoder, attention = model.encoder, settings["attention"]
+    in_blocks = length >= blocks_from(model, platform, attention)
+    fused = (
+        attention == "auto" and {"cpu": False, "gpu": True, "tpu": length >= SPLASH_FROM}[platform]
+    )
+    forward = forward_flops(model, texts, length, in_blocks)
+    again = recomputed_flops(model, texts, length, settings, lengths, in_blocks)
     passes = 3 + (1 if again >= forward else 0)
     item = jnp.dtype(settings["dtype"]).itemsize
     values = 11 * encoder.hidden_size + 3 * encoder.intermediate_size
-    logits = 0.0 if fused else encoder.num_attention_heads * logits_of(model, length)
+    logits = 0.0 if fused else encoder.num_attention_heads * logits_of(model, length, in_blocks)
     each = encoder.num_hidden_layers * length * values * item + logits * (4 + item)
     activations = texts * 2.0 * each * passes
     parts = math.ceil(texts / min(settings["micro_batch"] or texts, texts))
@@ -246,7 +272,7 @@ def encoder_work(
 
 
 def maxsim_work(
-    queries: tuple[int, int, int], documents: tuple[int, int, int], kept: bool, accelerator: bool
+    queries: tuple[int, int, int], documents: tuple[int, int, int], kept: bool, platform: str
 ) -> Work:
     """MaxSim of all pairs, forward and backward.
 
@@ -255,25 +281,30 @@ def maxsim_work(
     kept, they are found again by the forward pass's product.
 
     Bytes, an estimate: similarities stay on the chip (XLA fuses the maximum into the product), so
-    that each tile moves its queries and documents, their float32 gradients, and its winners.
+    that each tile moves its queries and documents, their float32 gradients, and its winners. The
+    kernels for TPU move one side once, and the other for each block of the first.
 
     Args:
       queries: Q, S, D.
       documents: N, T, D; those that the queries meet.
       kept: whether winners are kept for the backward pass.
-      accelerator: whether gradients are products of matrices.
+      platform: "cpu", or "gpu" and "tpu", where gradients are products of matrices.
     """
     (count, tokens, dim), (total, length, _) = queries, documents
     forward = 2.0 * count * total * tokens * length * dim
     sparse = 4.0 * count * total * tokens * dim
-    backward = 2 * forward if accelerator else sparse
+    backward = sparse if platform == "cpu" else 2 * forward
+    again = 0 if kept else 1
+    hardware = (1 + again) * forward + backward
+    if platform == "tpu":
+        return Work(
+            hardware, maxsim_tpu.moved_bytes(queries, documents, kept), score_flops=hardware
+        )
     pairs = max(1, TILE_SIMILARITIES["tpu"] // (tokens * length))
     across = min(math.isqrt(pairs), count) or 1
     per_tile = across * tokens * dim + math.ceil(pairs / across) * length * dim
     tiles = count * total / pairs
-    again = 0 if kept else 1
     moved = tiles * per_tile * (2 * (2 + again) + 8) + 3.0 * count * tokens * total
-    hardware = (1 + again) * forward + backward
     return Work(hardware, moved, score_flops=hardware)
 
 
@@ -297,7 +328,7 @@ def optimizer_work(model: ColbertConfig, parameter_shards: int) -> Work:
 
 
 def step_work(
-    config: Mapping[str, Any], model: ColbertConfig, mesh: Mapping[str, int], accelerator: bool
+    config: Mapping[str, Any], model: ColbertConfig, mesh: Mapping[str, int], platform: str
 ) -> Work:
     """The work of one chip in a training step, documents of full length assumed.
 
@@ -307,7 +338,7 @@ def step_work(
       config: the run's, as plain values.
       model: the model's shape.
       mesh: sizes of `data`, `fsdp` and `tensor`.
-      accelerator: whether the step runs on GPU or TPU.
+      platform: "cpu", "gpu" or "tpu".
     """
     settings, loss = config["model"], config["loss"]
     shards, tensor = mesh["data"] * mesh["fsdp"], mesh["tensor"]
@@ -315,20 +346,15 @@ def step_work(
     documents = queries * config["input"]["max_documents"]
     short, long, dim = settings["query_length"], settings["document_length"], model.embedding_size
     query_lengths = 1 if settings["do_query_expansion"] else settings["lengths"]
-    kernels = accelerator and settings["attention"] == "auto"
-    encoder = encoder_work(
-        model, queries, short, settings, query_lengths, kernels and short >= SPLASH_FROM
-    )
-    encoder += encoder_work(
-        model, documents, long, settings, settings["lengths"], kernels and long >= SPLASH_FROM
-    )
+    encoder = encoder_work(model, queries, short, settings, query_lengths, platform)
+    encoder += encoder_work(model, documents, long, settings, settings["lengths"], platform)
     encoder = Work(*(value / tensor for value in dataclasses.astuple(encoder)))
     if loss["kind"] == "contrastive":
         met = documents * shards
         item = 1 if long <= 255 else 2
         kept = queries * short * met * item <= KEPT_WINNERS
         kept = kept and (loss["exchange"] == "gather" or shards == 1)
-        score = maxsim_work((queries, short, dim), (met, long, dim), kept, accelerator)
+        score = maxsim_work((queries, short, dim), (met, long, dim), kept, platform)
     else:
         candidates = config["input"]["max_documents"]
         score = candidates_work((queries, short, dim), (candidates, long, dim))

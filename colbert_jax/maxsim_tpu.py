@@ -143,6 +143,28 @@ def gradients(
     return into_queries, into_documents[: len(documents)]
 
 
+def moved_bytes(
+    queries: tuple[int, int, int], documents: tuple[int, int, int], kept: bool
+) -> float:
+    """Bytes between a chip's memory and the kernels, forward and backward, in bfloat16.
+
+    Args:
+      queries: Q, S, D.
+      documents: N, T, D.
+      kept: whether winners are kept for the backward pass; else the scores' kernel runs again.
+    """
+    (count, tokens, dim), (total, length, _) = queries, documents
+    lanes, pairs = float(count * tokens * dim), float(count * total)
+    whole = float(total * length * dim)
+    winners = pairs * tokens * _winner_dtype(length).itemsize
+    parts = _parts_of_query(queries, jnp.bfloat16)
+    tiles, blocks = math.ceil(count * parts / LANES), math.ceil(total / DOCUMENTS)
+    forward = 2 * lanes + tiles * 2 * whole + 4 * pairs + winners
+    into_documents = 4 * whole + blocks * 2 * lanes + 4 * pairs + winners
+    into_queries = 4 * lanes + tiles * 2 * whole + 4 * pairs + winners
+    return (1 if kept else 2) * forward + into_documents + into_queries
+
+
 # From queries to lanes and back.
 
 

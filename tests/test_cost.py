@@ -11,13 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from colbert_jax.attention import BANDED_FROM
 from colbert_jax.colbert import ColbertConfig, DenseConfig, make_embed, param_shapes
 from colbert_jax.cost import (
     CHIPS,
     Work,
+    blocks_from,
     encoder_flops,
     encoder_work,
     forward_flops,
+    logits_of,
     maxsim_work,
     model_flops,
     network_bandwidth,
@@ -40,7 +43,7 @@ MODEL = ColbertConfig(
     ),
     (DenseConfig(128, 64, use_residual=True), DenseConfig(64, 32)),
 )
-SETTINGS = {"dtype": "float32", "micro_batch": 0, "remat": "full"}
+SETTINGS = {"dtype": "float32", "micro_batch": 0, "remat": "full", "attention": "xla"}
 
 
 def xla_flops(function: Any, *arguments: Any) -> float:
@@ -58,7 +61,7 @@ def test_encoder_is_xlas_count_without_what_is_no_product(length: int) -> None:
     ids = jax.ShapeDtypeStruct((texts, length), jnp.int32)
     mask = jax.ShapeDtypeStruct((texts, length), jnp.bool_)
     counted = xla_flops(make_embed(MODEL), param_shapes(MODEL), ids, mask)
-    ours = forward_flops(MODEL, texts, length)
+    ours = forward_flops(MODEL, texts, length, in_blocks=length == 96)
     # Norms, softmax, GELU and rotary angles are the rest.
     assert ours < counted < 1.1 * ours
 
@@ -73,7 +76,7 @@ def test_backward_pass_is_two_forward_passes() -> None:
 
     counted = xla_flops(jax.grad(loss), param_shapes(MODEL))
     ours = encoder_work(MODEL, texts, length, SETTINGS | {"remat": "none"})
-    assert ours.hardware_flops == 3 * forward_flops(MODEL, texts, length)
+    assert ours.hardware_flops == 3 * forward_flops(MODEL, texts, length, in_blocks=True)
     assert ours.hardware_flops < counted < 1.1 * ours.hardware_flops
 
 
@@ -91,10 +94,10 @@ def test_what_is_computed_again(
     remat: str, micro_batch: int, lengths: int, passes: int, logits: int
 ) -> None:
     settings = {"remat": remat, "micro_batch": micro_batch}
-    again = recomputed_flops(MODEL, 8, 96, settings, lengths)
+    again = recomputed_flops(MODEL, 8, 96, settings, lengths, in_blocks=True)
     # Layers 0 and 3 see all 96 tokens, the two between three blocks of 16.
     of_logits = 8 * 2 * 128 * 96 * (2 * 96 + 2 * 48)
-    assert again == passes * forward_flops(MODEL, 8, 96) + logits * of_logits
+    assert again == passes * forward_flops(MODEL, 8, 96, True) + logits * of_logits
 
 
 def test_maxsim_forward_is_xlas_count() -> None:
@@ -102,7 +105,7 @@ def test_maxsim_forward_is_xlas_count() -> None:
     arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (queries, documents)]
     masks = [jax.ShapeDtypeStruct(s[:2], jnp.bool_) for s in (queries, documents)]
     counted = xla_flops(maxsim_all_pairs_reference, *arguments, *masks)
-    work = maxsim_work(queries, documents, kept=True, accelerator=True)
+    work = maxsim_work(queries, documents, kept=True, platform="gpu")
     forward = work.hardware_flops / 3
     assert forward == 2 * 6 * 10 * 8 * 24 * 128
     assert forward < counted < 1.1 * forward
@@ -111,13 +114,14 @@ def test_maxsim_forward_is_xlas_count() -> None:
 def test_maxsim_with_winners_found_again_and_on_cpu() -> None:
     shapes = (6, 8, 128), (10, 24, 128)
     forward, sparse = 2 * 6 * 10 * 8 * 24 * 128, 4 * 6 * 10 * 8 * 128
-    for kept, accelerator, expected in (
-        (True, True, 3 * forward),
-        (False, True, 4 * forward),
-        (True, False, forward + sparse),
-        (False, False, 2 * forward + sparse),
+    for kept, platform, expected in (
+        (True, "gpu", 3 * forward),
+        (True, "tpu", 3 * forward),
+        (False, "tpu", 4 * forward),
+        (True, "cpu", forward + sparse),
+        (False, "cpu", 2 * forward + sparse),
     ):
-        work = maxsim_work(*shapes, kept=kept, accelerator=accelerator)
+        work = maxsim_work(*shapes, kept=kept, platform=platform)
         assert work.hardware_flops == expected
 
 
@@ -151,7 +155,22 @@ def test_model_flops_count_every_pair_that_the_model_is_defined_by(kind: str) ->
 def test_no_length_asks_for_more_than_is_computed() -> None:
     for length in range(1, 200):
         asked = encoder_flops(MODEL, np.array([length]))
-        assert asked <= forward_flops(MODEL, 1, length)
+        assert asked <= forward_flops(MODEL, 1, length, in_blocks=True)
+
+
+def test_local_layers_are_counted_as_each_platform_computes_them() -> None:
+    base = ColbertConfig(ModernBertConfig(), (DenseConfig(768),))
+    from_ = {(p, a): blocks_from(base, p, a) for p in BANDED_FROM for a in ("auto", "xla")}
+    assert from_["cpu", "auto"] == from_["cpu", "xla"] == 256
+    assert (from_["tpu", "auto"], from_["tpu", "xla"]) == (512, 1024)
+    # 8 of 22 layers see all; the others, where not in blocks, compute all and mask.
+    assert logits_of(base, 300, in_blocks=False) == 22 * 300**2
+    assert logits_of(base, 300, in_blocks=True) == 8 * 300**2 + 14 * 300 * 192
+    settings = SETTINGS | {"remat": "none", "attention": "auto"}
+    flops = {
+        p: encoder_work(base, 1, 300, settings, platform=p).hardware_flops for p in BANDED_FROM
+    }
+    assert flops["tpu"] > flops["cpu"] == flops["gpu"]
 
 
 def test_candidates_are_differentiated_by_two_products() -> None:
@@ -169,10 +188,10 @@ def test_candidates_are_differentiated_by_two_products() -> None:
 def test_step_splits_over_chips_except_for_the_documents_that_a_chip_meets() -> None:
     config = pretrain()
     model = ColbertConfig(ModernBertConfig(), (DenseConfig(768),))
-    one = step_work(config, model, {"data": 1, "fsdp": 1, "tensor": 1}, accelerator=True)
+    one = step_work(config, model, {"data": 1, "fsdp": 1, "tensor": 1}, platform="tpu")
     for sizes in ((16, 1, 1), (4, 4, 1)):
         mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
-        share = step_work(config, model, mesh, accelerator=True)
+        share = step_work(config, model, mesh, platform="tpu")
         assert share.model_flops * 16 == pytest.approx(one.model_flops)
     # 110 M parameters behind the table, 6 FLOPs a parameter and token, and attention.
     tokens = 16_384 * (39 + 187)
@@ -185,10 +204,10 @@ def test_one_more_pass_for_what_does_not_fit() -> None:
     config = pretrain()
     model = ColbertConfig(ModernBertConfig(), (DenseConfig(768),))
     mesh = {"data": 16, "fsdp": 1, "tensor": 1}
-    gathered = step_work(config, model, mesh, accelerator=True)
+    gathered = step_work(config, model, mesh, platform="tpu")
     config["loss"]["exchange"] = "ring"
     config["model"]["remat"] = "none"
-    ring = step_work(config, model, mesh, accelerator=True)
+    ring = step_work(config, model, mesh, platform="tpu")
     assert ring.model_flops == gathered.model_flops
     assert ring.hardware_flops < gathered.hardware_flops
 

@@ -134,6 +134,32 @@ def test_of_tokens_that_tie_the_first_takes_the_whole_gradient(masked: float | N
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_bytes_foretold_are_those_that_the_kernels_announce(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, announced = pl.pallas_call, []
+
+    def noting(*args: Any, **options: Any) -> Any:
+        announced.append(options["cost_estimate"].bytes_accessed)
+        return call(*args, **options)
+
+    monkeypatch.setattr(pl, "pallas_call", noting)
+    queries = jax.ShapeDtypeStruct((512, 40, 128), jnp.bfloat16)
+    documents = jax.ShapeDtypeStruct((1024, 192, 128), jnp.bfloat16)
+
+    def both(queries: jax.Array, documents: jax.Array) -> Any:
+        scores, winners = maxsim_tpu.scores_and_winners(queries, documents, kept)
+        return maxsim_tpu.gradients(queries, documents, winners, scores)
+
+    # Winners that are found again are so in one piece here, as the estimate has it.
+    monkeypatch.setattr(maxsim_tpu, "FOUND_WINNERS", 2**40)
+    jax.eval_shape(both, queries, documents)
+    assert len(announced) == (3 if kept else 4)
+    foretold = maxsim_tpu.moved_bytes(queries.shape, documents.shape, kept)
+    assert sum(announced) == pytest.approx(foretold, rel=0.05)
+
+
 @pytest.mark.usefixtures("tiny_tiles")
 def test_what_is_not_a_number_scores_none() -> None:
     queries, documents, *_ = draw(2, 3, 4, 37)
