@@ -190,7 +190,7 @@ def efficiency(kind: str, pairs: int, exchange: str) -> tuple[list[int], list[fl
         mesh = {"data": 1, "fsdp": 1, "tensor": 1}
         for extent in extents:
             mesh["data"] *= extent
-        work = step_work(config, model, mesh, accelerator=True)
+        work = step_work(config, model, mesh, "tpu")
         sent = step_traffic(config, model, mesh)
         chips.append(mesh["data"])
         times.append(roofline(work, sent, CHIPS[kind], extents).step)

@@ -130,6 +130,35 @@ def test_it_goes_on_as_if_it_had_not_stopped(interrupted: dict[str, Any]) -> Non
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
+def descendants(process: int) -> list[int]:
+    """The processes that a process has started, and those that these have."""
+    found = []
+    for listed in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in map(int, listed.read_text().split()):
+            found += [child, *descendants(child)]
+    return found
+
+
+def test_a_notice_to_all_processes_of_a_job_reaches_readers_that_are_still_needed(
+    rows: Path, tmp_path: Path
+) -> None:
+    """As Slurm sends it: to the processes that read and encode batches, too."""
+    workdir = tmp_path / "run"
+    process = start(workdir, rows, 1, {}, **RUN | {"total_steps": 20_000, "input.workers": 1})
+    wait_for_steps(workdir, 3, [process])
+    readers = descendants(process.pid)
+    assert readers
+    for reader in readers:
+        os.kill(reader, signal.SIGTERM)
+    before = len(metrics(workdir))
+    wait_for_steps(workdir, before + 20, [process])  # the batches do not end
+    process.send_signal(signal.SIGTERM)
+    status, printed = end(process)
+    assert status == 75, printed[-2000:]
+    assert "\nStopped after step " in printed
+    assert not any(Path(f"/proc/{reader}").exists() for reader in readers)
+
+
 def test_a_notice_to_one_of_two_processes_stops_both_after_the_same_step(
     rows: Path, tmp_path: Path
 ) -> None:

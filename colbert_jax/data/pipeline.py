@@ -4,7 +4,9 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +19,8 @@ from colbert_jax.data.rows import Row, cut_documents
 from colbert_jax.errors import UserError
 
 Encode = Callable[[list[Row], int], dict[str, Any]]
+
+_GRACE_SECONDS = 120.0  # of a worker that was asked to end
 
 _logger = logging.getLogger(__name__)
 
@@ -184,6 +188,15 @@ def make_batches(
 def _start_worker(index: int, count: int) -> None:
     del index, count
     os.environ["JAX_PLATFORMS"] = "cpu"  # a worker never takes the accelerator from its parent
+    # A scheduler asks all processes of a job to end. The run is to save first, and may need some
+    # more batches until then; at its end it closes its workers itself.
+    signal.signal(signal.SIGTERM, lambda number, frame: _end_after(_GRACE_SECONDS))
+
+
+def _end_after(seconds: float) -> None:
+    timer = threading.Timer(seconds, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
 
 
 def _draw_candidates(row: Row, documents: int, seed: tuple[int, int]) -> Row:
