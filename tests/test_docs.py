@@ -10,19 +10,16 @@ import io
 import json
 import re
 import runpy
-import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from documented import PAGES, ROOT, Command, commands, text_of
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 FOLDERS = ("launch", "configs", "colbert_jax", "benchmarks", "tests", "docs")
 PHASES = ("pretrain", "supervised", "distill")
 
@@ -40,18 +37,6 @@ FOREIGN = {
     "strict": "mkdocs",
     "temp_location": "Beam",
 }
-
-
-class Command(NamedTuple):
-    """A command that a page shows: the program, relative to the repository, and its arguments."""
-
-    page: str
-    program: str
-    arguments: tuple[str, ...]
-
-
-def text_of(page: str) -> str:
-    return (ROOT / page).read_text(encoding="utf-8")
 
 
 # --- the site ---
@@ -212,45 +197,6 @@ def test_messages_that_the_faq_quotes_are_messages() -> None:
 
 
 # --- commands ---
-
-
-@cache
-def commands() -> tuple[Command, ...]:
-    """Every command with one of our Python programs: in blocks, in the text, on lines alone."""
-    return tuple(command for page in PAGES for command in _commands_of(page))
-
-
-def _commands_of(page: str) -> Iterator[Command]:
-    text = text_of(page)
-    blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.M | re.S)
-    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    lines += [" ".join(span.split()) for span in re.findall(r"`(python [^`]+)`", prose)]
-    lines += re.findall(r"^`(launch/[^`\n]+)`$", prose, re.M)
-    for line in lines:
-        for words in _simple_commands(line, dict(re.findall(r"for (\w+) in (\S+)", text))):
-            words = words[1:] if words[0] == "python" else words
-            if words and re.fullmatch(r"(launch|benchmarks)/\w+\.py", words[0]):
-                yield Command(page, words[0], tuple(words[1:]))
-
-
-def _simple_commands(line: str, variables: dict[str, str]) -> Iterator[list[str]]:
-    """The words of each command of a line; loops' variables have their first value."""
-    for name, value in variables.items():
-        line = line.replace(f"${name}", value)
-    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-    lexer.whitespace_split = True
-    words: list[str] = []
-    try:
-        for token in [*lexer, ";"]:
-            if set(token) <= set("();<>|&"):
-                if words:
-                    yield words
-                words = []
-            else:
-                words.append(token)
-    except ValueError:  # no line for a shell: it has one quotation mark
-        return
 
 
 READ = "the flags are read"
