@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import logging
+import os
 import re
 import runpy
 import sys
@@ -17,8 +18,10 @@ from ml_collections import ConfigDict
 from colbert_jax.errors import Interrupted, UserError, printable
 from colbert_jax.xla_flags import find_platform, set_flags
 
+LONGEST_MESSAGE = 1000  # characters
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command will do later
+LOST_HOST_STATUS = 69  # EX_UNAVAILABLE
 
 
 def run_program(main: Callable[[], None], required: Sequence[str] = ()) -> None:
@@ -49,6 +52,12 @@ def run_program(main: Callable[[], None], required: Sequence[str] = ()) -> None:
         except KeyboardInterrupt:
             print("Stopped.", file=sys.stderr)
             sys.exit(130)
+        except Exception as error:
+            from colbert_jax.sharding import lost_host  # here: who has mistyped needs no JAX
+
+            if lost := lost_host(error):
+                _end_alone(lost)
+            raise
 
     app.run(guarded, flags_parser=parse)
 
@@ -67,6 +76,18 @@ def show_log() -> None:
 def _fail(error: UserError) -> NoReturn:
     print(printable(f"error: {error}"), file=sys.stderr)
     sys.exit(USER_ERROR_STATUS)
+
+
+def _end_alone(lost: str) -> NoReturn:
+    message = (
+        f"error: another host of this run is gone ({' '.join(lost.split())[:300]}): end those that "
+        "are left, and start the same command on all again, to go on from the newest checkpoint."
+    )
+    print(printable(message), file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by sys.exit: JAX would first wait for the other host, 100 seconds long, and then abort.
+    os._exit(LOST_HOST_STATUS)
 
 
 def _parse_flags(argv: list[str], required: Sequence[str]) -> list[str]:
@@ -119,8 +140,10 @@ def _parse(argv: list[str]) -> list[str]:
         raise UserError(f"{_one_line(error)}.") from error
     except OSError as error:
         raise UserError(f"the config cannot be loaded: {_one_line(error)}.") from error
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
         raise UserError(f"an override does not fit the config: {_one_line(error)}.") from error
+    except (RecursionError, MemoryError) as error:  # as Python's parser calls brackets in brackets
+        raise UserError("an override is nested too deeply: write a plain value.") from error
 
 
 def check_keys(config: ConfigDict, keys: Sequence[str]) -> None:
@@ -144,7 +167,8 @@ def check_keys(config: ConfigDict, keys: Sequence[str]) -> None:
         near = near or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
         near = near or [last[n] for n in difflib.get_close_matches(wanted, last, n=1, cutoff=0)]
         raise UserError(
-            f"--config.{key}: the config has no such key; the nearest is --config.{near[0]}."
+            f"--config.{_one_line(key)}: the config has no such key; the nearest is "
+            f"--config.{near[0]}."
         )
 
 
@@ -159,5 +183,9 @@ def leaf_names(config: ConfigDict, prefix: str = "") -> list[str]:
     return names
 
 
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
+def _one_line(error: Exception | str) -> str:
+    text = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
+    if len(text) <= LONGEST_MESSAGE:
+        return text
+    half = LONGEST_MESSAGE // 2  # what is wrong stands at the end, behind the flag as it was given
+    return f"{text[:half]} ... {text[-half:]}"

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from colbert_jax.rates import Rates, peak_rates
 from colbert_jax.report import write_report
 from colbert_jax.results import Results, results_table, write_json
 from colbert_jax.sessions import note_session
-from colbert_jax.sharding import join_hosts, make_mesh
+from colbert_jax.sharding import join_hosts, lost_host, make_mesh
 from colbert_jax.start import CONFIG_FILE, is_run, open_model, start_state
 from colbert_jax.train import (
     REMAT,
@@ -154,7 +155,8 @@ def run_phase(
             raise keep_failure(failure, batches, workdir, plain) from failure
         finally:
             batches.close()
-            checkpoints.close()
+            if not lost_host(sys.exception()):  # for which closing would wait
+                checkpoints.close()
             log.close()
     if jax.process_index() == 0:
         draw_curves(workdir)
@@ -247,7 +249,8 @@ def open_workdir(workdir: str | Path) -> Path:
     """
     workdir = Path(workdir)
     there = {item.name for item in workdir.iterdir()} if workdir.is_dir() else set()
-    foreign = bool(there - {LOCK_FILE}) and not is_run(workdir)
+    # The lock is the first that a run makes: a kill soon after leaves it with other beginnings.
+    foreign = bool(there) and LOCK_FILE not in there and not is_run(workdir)
     # Only the first host looks: to a later one, what the first has just begun looks foreign.
     if workdir.is_file() or (foreign and jax.process_index() == 0):
         raise UserError(f"{workdir} holds something that is no run: choose another --workdir.")

@@ -7,6 +7,7 @@ the same program runs there and on a pod.
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,6 +71,19 @@ def _join_found_hosts(how: str) -> None:
                 "COLBERT_JAX_HOSTS=auto, but JAX finds no TPU pod, GKE or Slurm here "
                 f"({str(error).rstrip('.')}): set JAX_COORDINATOR_ADDRESS instead."
             ) from error
+
+
+def lost_host(error: BaseException | None) -> str:
+    """What JAX says where another host of the run is gone; empty if that is not what happened.
+
+    Other errors may have followed it while the run was closing what it had open.
+    """
+    while error is not None:
+        # By its text: JAX raises a ValueError where a step is run at once, and another type later.
+        if re.search(r"\bGloo .+ failed: ", str(error)):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def make_mesh(

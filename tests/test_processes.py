@@ -31,9 +31,15 @@ SETTINGS = {
 
 
 def start(
-    workdir: Path, rows: Path, devices: int, joined: dict[str, str], **settings: Any
+    workdir: Path,
+    rows: Path,
+    devices: int,
+    joined: dict[str, str],
+    *,
+    session: bool = False,
+    **settings: Any,
 ) -> subprocess.Popen:
-    """One process of the real program."""
+    """One process of the real program, in a session of its own if all of it is to be killed."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -56,6 +62,7 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=session,
     )
 
 
