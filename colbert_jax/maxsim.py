@@ -2,19 +2,21 @@
 
 One readable function scores one (query, document) pair; `jax.vmap` makes it all pairs of a batch
 and all candidates of a query. `maxsim_all_pairs` is the same numbers in bounded memory, for
-training: by XLA, or on TPU by the kernels of `maxsim_tpu.py`. Shape letters: Q queries,
-N documents, C candidates of a query, S query tokens, T document tokens, D embedding size.
+training: by XLA, on TPU by the kernels of `maxsim_tpu.py`, or on GPU, where they are asked for, by
+those of `maxsim_gpu.py`. Shape letters: Q queries, N documents, C candidates of a query, S query
+tokens, T document tokens, D embedding size.
 """
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from colbert_jax import maxsim_tpu
+from colbert_jax import maxsim_gpu, maxsim_kernels, maxsim_tpu
 from colbert_jax.sharding import platform
 
 # Similarities held at a time. On CPU 4 MB of float32, which stay in the cache: forward and backward
@@ -98,6 +100,7 @@ def maxsim_all_pairs(
     document_mask: Bool[Array, "N T"],
     masked_similarity: float | None = None,
     keep_winners: bool | None = None,
+    kernels: bool = False,
 ) -> Float[Array, "Q N"]:
     """`scores[query, document]` of every pair, a tile of queries and documents at a time.
 
@@ -113,12 +116,14 @@ def maxsim_all_pairs(
       keep_winners: whether the backward pass is handed the token that won for each query token and
         document (Q x S x N small integers) or finds it again, for a quarter more arithmetic. None
         keeps up to `KEPT_WINNERS` bytes.
+      kernels: whether a GPU computes it by our kernels, where these take the embeddings. A TPU
+        always does, and a CPU never.
 
     Returns:
       `scores[query, document]`, float32.
     """
     inputs = (query_embeddings, document_embeddings, query_mask, document_mask)
-    inputs = _as_kernels_take_them(*inputs, masked_similarity)
+    inputs = _as_kernels_take_them(*inputs, masked_similarity, kernels)
     return _scores(*inputs, masked_similarity, keep_winners, (), "gather")
 
 
@@ -130,6 +135,7 @@ def maxsim_global(
     masked_similarity: float | None = None,
     axes: tuple[str, ...] = (),
     exchange: str = "gather",
+    kernels: bool = False,
 ) -> Float[Array, "Q N_all"]:
     """Scores of this device's queries against the documents of all devices, inside a `shard_map`.
 
@@ -145,22 +151,30 @@ def maxsim_global(
         device hands its neighbour the documents that it has just seen, while it scores the next
         ones, and in the backward pass their gradient with them (as in Ring Attention, arXiv
         2310.01889); a device holds the documents of two.
+      kernels: as in `maxsim_all_pairs`.
 
     Returns:
       `scores[query, document]`, float32, documents in the order of the devices.
     """
     inputs = (query_embeddings, document_embeddings, query_mask, document_mask)
-    inputs = _as_kernels_take_them(*inputs, masked_similarity)
+    inputs = _as_kernels_take_them(*inputs, masked_similarity, kernels)
     return _scores(*inputs, masked_similarity, None, axes, exchange)
 
 
-def _as_kernels_take_them(queries, documents, query_mask, document_mask, masked_similarity):
-    """On TPU, embeddings that need no masks, and None for these: what kernels compute."""
+def _as_kernels_take_them(
+    queries, documents, query_mask, document_mask, masked_similarity, kernels
+):
+    """For kernels, embeddings that need no masks, and None for these; else what it is given."""
     inputs = (queries, documents, query_mask, document_mask)
-    dtypes = (queries.dtype, documents.dtype)
-    if platform() != "tpu" or not maxsim_tpu.takes(*dtypes, masked_similarity):
+    used = platform() == "tpu" or (kernels and platform() == "gpu")
+    if not used or not maxsim_kernels.takes(queries.dtype, documents.dtype, masked_similarity):
         return inputs
-    return *maxsim_tpu.without_masks(*inputs, masked_similarity), None, None
+    return *_kernels().without_masks(*inputs, masked_similarity), None, None
+
+
+def _kernels() -> Any:
+    """The module whose kernels the platform runs."""
+    return maxsim_tpu if platform() == "tpu" else maxsim_gpu
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -213,7 +227,7 @@ def _forward(queries, documents, query_mask, document_mask, masked_similarity, k
     if keep_winners is None:
         keep_winners = count * tokens * total * _nobody(length).itemsize <= KEPT_WINNERS
     if document_mask is None:
-        scores, winners = maxsim_tpu.scores_and_winners(queries, documents, keep_winners)
+        scores, winners = _kernels().scores_and_winners(queries, documents, keep_winners)
         return scores, (queries, documents, query_mask, document_mask, winners)
     per_tile = _tile(queries.shape, documents.shape)
     document_tiles = tuple(_cut(x, per_tile[1]) for x in (documents, document_mask))
@@ -272,7 +286,7 @@ def _gradients(residuals, cotangent, masked_similarity):
     """
     queries, documents, query_mask, document_mask, winners = residuals
     if document_mask is None:
-        return maxsim_tpu.gradients(queries, documents, winners, cotangent)
+        return _kernels().gradients(queries, documents, winners, cotangent)
     (count, tokens, dim), (total, length, _) = queries.shape, documents.shape
     nobody = _nobody(length)
     per_tile = _tile(queries.shape, documents.shape)

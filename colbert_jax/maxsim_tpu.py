@@ -6,8 +6,7 @@ backward pass, the place of each winner. The gradient builds the one-hot of the 
 by tile, for two matrix products: no scatter, and the same order of sums every time.
 
 Lanes are queries: similarities lie as `[document, document_token, query]`, so that the maximum over
-a document's tokens is one elementwise maximum after the other. No kernel knows masks:
-`without_masks` exchanges the embeddings of masked tokens for some that change nothing.
+a document's tokens is one elementwise maximum after the other.
 
 Shape letters beside those of `maxsim.py`: P tiles of L lanes; R query tokens of a lane, K of them
 in one matrix product.
@@ -23,8 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, UInt
+
+from colbert_jax import maxsim_kernels
+from colbert_jax.maxsim_kernels import (
+    FOUND_WINNERS,
+    fill,
+    on_every_device,
+    product,
+    round_up,
+    winner_dtype,
+)
 
 LANES = 128  # of a vector register
 SUBLANES = 8  # its rows, of 32 bits
@@ -37,17 +45,6 @@ ROWS = 2048  # document tokens of a matrix product, at most
 DOCUMENT_BYTES = 192 * 128 * 2
 LANE_BYTES = 48 * 128 * 2
 
-# A backward pass that finds the winners again holds up to so many bytes of them at a time.
-FOUND_WINNERS = 2**28
-
-
-def takes(
-    query_dtype: jnp.dtype, document_dtype: jnp.dtype, masked_similarity: float | None
-) -> bool:
-    """Whether the kernels compute MaxSim of such embeddings with such a similarity of masks."""
-    known = query_dtype == document_dtype and document_dtype in (jnp.bfloat16, jnp.float32)
-    return known and masked_similarity in (None, 0.0)
-
 
 def without_masks(
     queries: Float[Array, "Q S D"],
@@ -56,32 +53,12 @@ def without_masks(
     document_mask: Bool[Array, "N T"],
     masked_similarity: float | None,
 ) -> tuple[Float[Array, "Q S D"], Float[Array, "N T_padded D"]]:
-    """Embeddings that score without masks what these score with them; gradients flow through it.
-
-    A masked query token becomes 0, and with it all its similarities. A masked document token
-    becomes 0 where its similarity is to be 0. Where it is not to win, it becomes a copy of the
-    document's first token that counts: the maximum stays what it is, and if the copy is the first
-    of those that tie, its gradient flows to the token that it was copied from. Documents are filled
-    up to whole tiles with copies of their first token, which come too late to win.
-
-    Args:
-      queries: as in `maxsim.maxsim_all_pairs`.
-      documents: likewise.
-      query_mask: likewise.
-      document_mask: likewise.
-      masked_similarity: None or 0.0.
-    """
-    queries = jnp.where(query_mask[..., None], queries, 0)
-    instead: Any = 0
-    if masked_similarity is None:
-        first = document_mask & (document_mask.cumsum(axis=1) == 1)
-        instead = jnp.where(first[..., None], documents, 0).sum(axis=1, keepdims=True)
-    documents = jnp.where(document_mask[..., None], documents, instead)
+    """`maxsim_kernels.without_masks`, with documents filled up to whole tiles."""
     length, dim = documents.shape[1:]
     parts = _parts_of_document(length, dim, documents.dtype)
-    padded = parts * _round_up(math.ceil(length / parts), 2 * SUBLANES)
-    copies = jnp.repeat(documents[:, :1], padded - length, axis=1)
-    return queries, jnp.concatenate([documents, copies], axis=1)
+    padded = parts * round_up(math.ceil(length / parts), 2 * SUBLANES)
+    inputs = (queries, documents, query_mask, document_mask)
+    return maxsim_kernels.without_masks(*inputs, masked_similarity, padded)
 
 
 def scores_and_winners(
@@ -122,7 +99,7 @@ def gradients(
     lanes, blocks = _to_lanes(queries), _whole_blocks(documents)
     parts = _parts_of_query(queries.shape, queries.dtype)
     weights = jnp.tile(cotangent.T.astype(jnp.float32), (1, parts))
-    weights = _fill(_fill(weights, 0, len(blocks)), 1, len(lanes) * LANES)
+    weights = fill(fill(weights, 0, len(blocks)), 1, len(lanes) * LANES)
     if winners is not None:
         into_lanes = _into_lanes(lanes, blocks, winners, weights)
         into_documents = _into_documents(lanes, blocks, winners, weights)
@@ -156,7 +133,7 @@ def moved_bytes(
     (count, tokens, dim), (total, length, _) = queries, documents
     lanes, pairs = float(count * tokens * dim), float(count * total)
     whole = float(total * length * dim)
-    winners = pairs * tokens * _winner_dtype(length).itemsize
+    winners = pairs * tokens * winner_dtype(length).itemsize
     parts = _parts_of_query(queries, jnp.bfloat16)
     tiles, blocks = math.ceil(count * parts / LANES), math.ceil(total / DOCUMENTS)
     forward = 2 * lanes + tiles * 2 * whole + 4 * pairs + winners
@@ -178,7 +155,7 @@ def _parts_of_query(queries: tuple[int, ...], dtype: Any) -> int:
     most = max(LANE_BYTES // _embedding_bytes(dim, dtype), TOKENS)
 
     def computed(parts: int) -> int:
-        return math.ceil(count * parts / LANES) * _round_up(math.ceil(tokens / parts), TOKENS)
+        return math.ceil(count * parts / LANES) * round_up(math.ceil(tokens / parts), TOKENS)
 
     return min(range(math.ceil(tokens / most), tokens + 1), key=computed)
 
@@ -188,9 +165,9 @@ def _to_lanes(queries: Float[Array, "Q S D"]) -> Float[Array, "P R/K K*L D"]:
     count, tokens, dim = queries.shape
     parts = _parts_of_query(queries.shape, queries.dtype)
     each = math.ceil(tokens / parts)
-    lanes = _fill(queries, 1, parts * each).reshape(count, parts, each, dim).swapaxes(0, 1)
+    lanes = fill(queries, 1, parts * each).reshape(count, parts, each, dim).swapaxes(0, 1)
     lanes = lanes.reshape(parts * count, each, dim)
-    lanes = _fill(_fill(lanes, 0, _round_up(len(lanes), LANES)), 1, _round_up(each, TOKENS))
+    lanes = fill(fill(lanes, 0, round_up(len(lanes), LANES)), 1, round_up(each, TOKENS))
     lanes = lanes.reshape(-1, LANES, lanes.shape[1], dim).swapaxes(1, 2)
     return lanes.reshape(len(lanes), -1, TOKENS * LANES, dim)
 
@@ -215,7 +192,7 @@ def _score(
     """`scores[document, lane]` and, where they are kept, `winners[token, document, lane]`."""
     outputs: list[tuple[str, Any]] = [("pairs", jnp.float32)]
     if keep_winners:
-        outputs.append(("winners", _winner_dtype(documents.shape[1])))
+        outputs.append(("winners", winner_dtype(documents.shape[1])))
     return _run(
         "maxsim_scores",
         functools.partial(_score_kernel, keep_winners=keep_winners),
@@ -258,7 +235,7 @@ def _score_kernel(lanes, documents, scores, *others, chunk, keep_winners):
 
         @_for_each(lanes.shape[0])
         def score_tokens(step):
-            similarities = _product(tokens, lanes[step], (1, 1))
+            similarities = product(tokens, lanes[step], (1, 1))
             for token in range(TOKENS):
                 tile = similarities[:, token * LANES : (token + 1) * LANES]
                 tile = tile.reshape(chunk, length // SUBLANES, SUBLANES, LANES)
@@ -330,7 +307,7 @@ def _into_documents_kernel(winners, weights, lanes, into_documents, place, *, ch
         @_for_each(lanes.shape[0])
         def add_tokens(step):
             hot = _one_hot(place, weights[at], step, at, length, lanes.dtype)
-            into_documents[at] += _product(hot, lanes[step], (1, 0)).reshape(chunk, length, dim)
+            into_documents[at] += product(hot, lanes[step], (1, 0)).reshape(chunk, length, dim)
 
 
 def _into_lanes(
@@ -374,7 +351,7 @@ def _into_lanes_kernel(winners, weights, documents, into_lanes, place, *, chunk)
         @_for_each(into_lanes.shape[0])
         def add_tokens(step):
             hot = _one_hot(place, weights[at], step, at, length, documents.dtype)
-            into_lanes[step] += _product(turned, hot, (1, 0))
+            into_lanes[step] += product(turned, hot, (1, 0))
 
 
 def _one_hot(place, weights, step, at, length, dtype):
@@ -386,17 +363,6 @@ def _one_hot(place, weights, step, at, length, dtype):
     ]
     rows = len(weights) * length
     return jnp.concatenate([x.astype(dtype).reshape(rows, LANES) for x in hot], axis=1)
-
-
-def _product(x, y, contracted):
-    """A matrix product, summed in float32. Without `precision`, float32 would be rounded first."""
-    return jax.lax.dot_general(
-        x,
-        y,
-        (((contracted[0],), (contracted[1],)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def _for_each(count):
@@ -489,23 +455,7 @@ def _run(
         ),
         name=name,
     )
-    return tuple(_on_every_device(call, *inputs.values()))
-
-
-def _on_every_device(call: Callable[..., Any], *arrays: Array) -> Any:
-    """Has all devices along the mesh axes that no `shard_map` splits yet compute the same.
-
-    XLA does not split a kernel over a mesh by itself; MaxSim is repeated over `tensor`.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    left = set(mesh.axis_names) - set(mesh.manual_axes)
-    if mesh.empty or mesh.size == 1 or not left:
-        return call(*arrays)
-    whole = PartitionSpec()
-    repeated = jax.shard_map(
-        call, in_specs=whole, out_specs=whole, axis_names=left, check_vma=False
-    )
-    return repeated(*arrays)
+    return tuple(on_every_device(call, *inputs.values()))
 
 
 # Sizes.
@@ -513,7 +463,7 @@ def _on_every_device(call: Callable[..., Any], *arrays: Array) -> Any:
 
 def _embedding_bytes(dim: int, dtype: Any) -> int:
     """Bytes of VMEM that an embedding takes."""
-    return _round_up(dim, LANES) * np.dtype(dtype).itemsize
+    return round_up(dim, LANES) * np.dtype(dtype).itemsize
 
 
 def _parts_of_document(length: int, dim: int, dtype: Any) -> int:
@@ -523,28 +473,14 @@ def _parts_of_document(length: int, dim: int, dtype: Any) -> int:
     return math.ceil(length / most)
 
 
-def _winner_dtype(length: int) -> jnp.dtype:
-    return jnp.dtype(jnp.uint8 if length <= 2**8 else jnp.uint16)
-
-
 def _found_at_a_time(lanes: Array, documents: Array) -> int:
     """Of how many documents winners are found again at a time; a divisor of their number."""
     blocks = len(documents) // DOCUMENTS
     of_block = math.prod(lanes.shape[:3]) * DOCUMENTS
-    most = FOUND_WINNERS // (of_block * _winner_dtype(documents.shape[1]).itemsize)
+    most = FOUND_WINNERS // (of_block * winner_dtype(documents.shape[1]).itemsize)
     most = max(min(most, blocks), 1)
     return DOCUMENTS * next(size for size in range(most, 0, -1) if blocks % size == 0)
 
 
 def _whole_blocks(documents: Float[Array, "N T D"]) -> Float[Array, "N_padded T D"]:
-    return _fill(documents, 0, _round_up(len(documents), DOCUMENTS))
-
-
-def _fill(x: Array, axis: int, size: int) -> Array:
-    """`x` with zeros at the end of an axis, up to a size."""
-    missing = [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)]
-    return jnp.pad(x, missing)
-
-
-def _round_up(size: int, to: int) -> int:
-    return -(-size // to) * to
+    return fill(documents, 0, round_up(len(documents), DOCUMENTS))

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
+from colbert_jax import maxsim_gpu
 from colbert_jax.checkpoint import Checkpoints
 from colbert_jax.colbert import (
     ColbertConfig,
@@ -27,7 +28,7 @@ from colbert_jax.colbert import (
 from colbert_jax.cost import model_flops
 from colbert_jax.errors import UserError
 from colbert_jax.losses import contrastive_loss, distillation_loss
-from colbert_jax.maxsim import maxsim_candidates, maxsim_global
+from colbert_jax.maxsim import maxsim_all_pairs, maxsim_candidates, maxsim_global
 from colbert_jax.metric_log import MetricLog
 from colbert_jax.micro_batch import Encode, fit_lengths, make_encode, used_lengths
 from colbert_jax.not_finite import Skipped, Watch, choose, judge, none_skipped
@@ -103,8 +104,11 @@ def build_loss(
     model: ColbertConfig,
     sample: Mapping[str, Any] | None = None,
 ) -> LossFn:
-    """Builds the function from parameters and a batch to the loss; arguments as `build_step`'s."""
-    settings = config["model"]
+    """Builds the function from parameters and a batch to the loss; arguments as `build_step`'s.
+
+    On a GPU it first times MaxSim, which takes seconds.
+    """
+    settings, loss = config["model"], config["loss"]
     keep_products = settings["remat"] != "none"
     embed = make_embed(
         model, settings["dtype"], settings["scan_layers"], keep_products, settings["attention"]
@@ -119,11 +123,20 @@ def build_loss(
         recompute = settings["remat"] == "full"
         return make_encode(embed, settings["micro_batch"], lengths, recompute, settings["dtype"])
 
+    kernels = loss["kind"] == "contrastive" and maxsim_gpu.chosen(
+        maxsim_all_pairs,
+        settings["query_length"],
+        settings["document_length"],
+        model.embedding_size,
+        settings["dtype"],
+        loss["masked_similarity"],
+    )
     return make_loss_fn(
-        config["loss"],
+        loss,
         encode_of("query"),
         encode_of("document"),
         (lambda params: scanned_params(model, params)) if settings["scan_layers"] else None,
+        kernels,
     )
 
 
@@ -132,6 +145,7 @@ def make_loss_fn(
     encode_queries: Encode,
     encode_documents: Encode,
     arrange: Callable[[Params], Params] | None = None,
+    kernels: bool = False,
 ) -> LossFn:
     """Makes the function from parameters and a batch of tokens to the loss.
 
@@ -146,6 +160,7 @@ def make_loss_fn(
       encode_queries: tokens to token embeddings, from `make_encode`.
       encode_documents: likewise.
       arrange: how the encoder wants the parameters, if not as they are kept; done once a step.
+      kernels: as in `maxsim_global`.
 
     Returns:
       `loss_fn(params, batch) -> (loss, metrics)`. `batch["query"]` holds arrays `[B, S]`,
@@ -172,6 +187,7 @@ def make_loss_fn(
                     masked,
                     axes,
                     config["exchange"],
+                    kernels,
                 )
             first = jax.lax.axis_index(axes) * count if axes else 0
             positives = (first + jnp.arange(count)) * per_query

@@ -23,13 +23,13 @@ def kernels(quick_compilation: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled for TPU, interpreted here."""
     monkeypatch.setattr(maxsim_module, "platform", lambda: "tpu")
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
-    product = maxsim_tpu._product
+    product = maxsim_tpu.product
 
     def without_bfloat16(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> jax.Array:
         """The same numbers; XLA for CPU lacks some products of bfloat16 that are float32."""
         return product(x.astype(jnp.float32), y.astype(jnp.float32), contracted)
 
-    monkeypatch.setattr(maxsim_tpu, "_product", without_bfloat16)
+    monkeypatch.setattr(maxsim_tpu, "product", without_bfloat16)
 
 
 @pytest.fixture
