@@ -114,23 +114,32 @@ def _check_overrides(argv: list[str], required: Sequence[str]) -> None:
         if keys and "config" in required:
             raise UserError(f"--config is missing: see {argv[0]} --help.")
         return
-    file, _, argument = files[-1].partition(":")
-    if not Path(file).is_file():
-        raise UserError(f"--config={files[-1]}: there is no file {file}; configs/ holds some.")
+    given, (file, _, argument) = _one_line(files[-1]), files[-1].partition(":")
+    if not _is_file(file):
+        raise UserError(
+            f"--config={given}: there is no file {_one_line(file)}; configs/ holds some."
+        )
     try:
         get_config = runpy.run_path(file)["get_config"]
         config = get_config(argument) if argument else get_config()
     except Exception as error:
         raise UserError(
-            f"--config={files[-1]}: its get_config() fails ({type(error).__name__}: "
+            f"--config={given}: its get_config() fails ({type(error).__name__}: "
             f"{_one_line(error)})."
         ) from error
     if not isinstance(config, ConfigDict):
         raise UserError(
-            f"--config={files[-1]}: its get_config() returns no ConfigDict, but a "
+            f"--config={given}: its get_config() returns no ConfigDict, but a "
             f"{type(config).__name__}."
         )
     check_keys(config, keys)
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # too long, or with a zero byte: nothing has such a name
+        return False
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import os
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,9 +25,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from colbert_jax.colbert import ColbertConfig, DenseConfig, Params
-from colbert_jax.errors import UserError
+from colbert_jax.errors import UserError, printable
 from colbert_jax.modernbert import ModernBertConfig
-from colbert_jax.tokenization import ColbertTokenizer, TokenizationConfig, load_tokenizer
+from colbert_jax.tokenization import (
+    ColbertTokenizer,
+    TokenizationConfig,
+    brief,
+    load_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +47,9 @@ TORCH_ACTIVATIONS = {
 # Weights of heads that a masked-language-model checkpoint carries and a retriever has no use for.
 UNUSED_PREFIXES = ("head.", "decoder.", "classifier.", "cls.")
 EMBEDDINGS = ("encoder", "tok_embeddings")
+# Far beyond every model, and so small that nothing is made of an absurd size before it is refused.
+LARGEST_SIZE = 2**31 - 1
+MOST_LAYERS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: this is not a complete model folder.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}): replace the file.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__}, not an object: replace the file.")
@@ -201,7 +210,7 @@ def parse_encoder_config(fields: dict[str, Any], where: str) -> ModernBertConfig
     """
     if fields.get("model_type") != "modernbert":
         raise UserError(
-            f"{where} describes a {fields.get('model_type', 'nameless')!r} model: only "
+            f"{where} describes a {reprlib.repr(fields.get('model_type', 'nameless'))} model: only "
             "'modernbert' encoders can be loaded."
         )
     fixed = {
@@ -213,26 +222,34 @@ def parse_encoder_config(fields: dict[str, Any], where: str) -> ModernBertConfig
     for key, wanted in fixed.items():
         if fields.get(key, wanted) != wanted:
             raise UserError(
-                f"{where} sets {key} to {fields[key]!r}: only {wanted!r} is supported, as in every "
-                "published ModernBERT."
+                f"{where} sets {key} to {reprlib.repr(fields[key])}: only {wanted!r} is supported, "
+                "as in every published ModernBERT."
             )
     defaults = ModernBertConfig()
-    rope = fields.get("rope_parameters") or {}
-    thetas = {}
+    known = {}
+    for field in dataclasses.fields(ModernBertConfig):
+        if (value := fields.get(field.name)) is not None:
+            known[field.name] = _number(value, field.type, f"{where}: {field.name}")
+    if known.get("num_hidden_layers", 0) > MOST_LAYERS:
+        raise UserError(
+            f"{where}: num_hidden_layers is {known['num_hidden_layers']}: no more than "
+            f"{MOST_LAYERS} can be loaded."
+        )
+    rope = _object(fields.get("rope_parameters"), f"{where}: rope_parameters")
     for kind, old in (
         ("full_attention", "global_rope_theta"),
         ("sliding_attention", "local_rope_theta"),
     ):
-        new = rope.get(kind) or {}
+        new = _object(rope.get(kind), f"{where}: rope_parameters of {kind}")
         if new.get("rope_type", "default") != "default":
             raise UserError(
-                f"{where} asks for rope_type {new['rope_type']!r}: only 'default' is supported."
+                f"{where} asks for rope_type {reprlib.repr(new['rope_type'])}: only 'default' is "
+                "supported."
             )
         theta = new.get("rope_theta", fields.get(old))
-        thetas[old] = float(getattr(defaults, old) if theta is None else theta)
-    names = {field.name for field in dataclasses.fields(ModernBertConfig)}
-    known = {k: v for k, v in fields.items() if k in names and v is not None}
-    config = ModernBertConfig(**{**known, **thetas})
+        theta = getattr(defaults, old) if theta is None else theta
+        known[old] = _number(theta, float, f"{where}: the rope_theta of {kind}")
+    config = ModernBertConfig(**known)
     if (types := fields.get("layer_types")) is not None:
         config = _with_layer_types(config, types, where)
     if config.hidden_size % config.num_attention_heads or config.head_size % 2:
@@ -243,9 +260,30 @@ def parse_encoder_config(fields: dict[str, Any], where: str) -> ModernBertConfig
     return config
 
 
-def _with_layer_types(config: ModernBertConfig, types: list[str], where: str) -> ModernBertConfig:
+def _number(value: Any, kind: Any, what: str) -> Any:
+    """A size, or a number above 0; `kind` is int or float."""
+    if kind is int:
+        if type(value) is not int or not 0 < value <= LARGEST_SIZE:
+            raise UserError(
+                f"{what} is {reprlib.repr(value)}: it must be a whole number above 0 and below "
+                f"{LARGEST_SIZE + 1}."
+            )
+        return value
+    if type(value) not in (int, float) or not 0 < value <= 1e300:  # NaN is not
+        raise UserError(f"{what} is {reprlib.repr(value)}: it must be a finite number above 0.")
+    return float(value)
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict | None):
+        raise UserError(f"{what} is {reprlib.repr(value)}, not an object: replace the file.")
+    return value or {}
+
+
+def _with_layer_types(config: ModernBertConfig, types: Any, where: str) -> ModernBertConfig:
     """Turns transformers 5's list of layer kinds into our period."""
     count = config.num_hidden_layers
+    types = types if isinstance(types, list) else []
     later = [i for i, kind in enumerate(types) if kind == "full_attention" and i > 0]
     period = later[0] if later else max(count, 1)
     expected = ["sliding_attention" if i % period else "full_attention" for i in range(count)]
@@ -297,21 +335,17 @@ def parse_dense_config(fields: dict[str, Any], where: str) -> DenseConfig:
     Raises:
       UserError: an activation that is not known, or sizes that are no sizes.
     """
-    name = fields.get("activation_function", TORCH_ACTIVATIONS["identity"]).rsplit(".", 1)[-1]
+    activation = fields.get("activation_function", TORCH_ACTIVATIONS["identity"])
+    name = activation.rsplit(".", 1)[-1] if isinstance(activation, str) else activation
     by_class = {full.rsplit(".", 1)[-1]: short for short, full in TORCH_ACTIVATIONS.items()}
-    if name not in by_class:
+    if not isinstance(name, str) or name not in by_class:
         raise UserError(
-            f"{where} asks for the activation {name!r}: known are {', '.join(sorted(by_class))}."
-        )
-    sizes: list[Any] = [fields.get("in_features"), fields.get("out_features")]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise UserError(
-            f"{where} gives in_features and out_features as {sizes[0]!r} and {sizes[1]!r}: each "
-            "must be a whole number above 0."
+            f"{where} asks for the activation {reprlib.repr(name)}: known are "
+            f"{', '.join(sorted(by_class))}."
         )
     return DenseConfig(
-        in_features=sizes[0],
-        out_features=sizes[1],
+        in_features=_number(fields.get("in_features"), int, f"{where}: in_features"),
+        out_features=_number(fields.get("out_features"), int, f"{where}: out_features"),
         use_bias=bool(fields.get("bias", True)),
         activation=by_class[name],
         use_residual=bool(fields.get("use_residual", False)),
@@ -356,15 +390,27 @@ def _module_folders(folder: Path) -> tuple[Path, list[Path]]:
     try:
         modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
         kinds = [(str(m["type"]).rsplit(".", 1)[-1], str(m["path"])) for m in modules]
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise UserError(
             f"{folder / 'modules.json'} is not a list of modules: replace it."
         ) from error
     for _, path in kinds:
-        if not (folder / path).resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{folder / 'modules.json'} names {path!r}, outside of the folder.")
+        if not _is_inside(folder, path):
+            raise UserError(
+                f"{folder / 'modules.json'} names {reprlib.repr(path)}, outside of the folder."
+            )
     transformers = [folder / path for kind, path in kinds if kind == "Transformer"]
     return (transformers or [folder])[0], [folder / p for kind, p in kinds if kind == "Dense"]
+
+
+def _is_inside(folder: Path, path: str) -> bool:
+    try:
+        (folder / path).stat()
+    except FileNotFoundError:
+        pass  # what is missing there is named when it is wanted
+    except (OSError, ValueError):  # a zero byte, too long a name: nothing has it
+        return False
+    return (folder / path).resolve().is_relative_to(folder.resolve())
 
 
 def has_projection(folder: Path) -> bool:
@@ -444,17 +490,38 @@ def _read_saved(folder: Path) -> dict[str, Any]:
 def _tokenization(
     encoder_folder: Path, saved: dict[str, Any], overrides: dict[str, Any] | None
 ) -> TokenizationConfig:
-    names = {field.name for field in dataclasses.fields(TokenizationConfig)}
-    settings = {k: v for k, v in saved.items() if k in names and v is not None}
-    if "skiplist_words" in settings:
-        settings["skiplist_words"] = tuple(settings["skiplist_words"])
-    prompts = saved.get("prompts") or {}
-    settings["query_prompt"] = prompts.get("query") or ""
-    settings["document_prompt"] = prompts.get("document") or ""
+    where = "config_sentence_transformers.json"
+    prompts = _object(saved.get("prompts"), f"{where}: prompts")
+    saved = saved | {f"{side}_prompt": prompts.get(side) or "" for side in ("query", "document")}
+    settings = {
+        field.name: _setting(saved[field.name], field.default, f"{where}: {field.name}")
+        for field in dataclasses.fields(TokenizationConfig)
+        if saved.get(field.name) is not None
+    }
     if (encoder_folder / "sentence_bert_config.json").is_file():
         sbert = read_json(encoder_folder / "sentence_bert_config.json")
         settings["do_lower_case"] = bool(sbert.get("do_lower_case", False))
     return TokenizationConfig(**{**settings, **(overrides or {})})
+
+
+def _setting(value: Any, default: Any, what: str) -> Any:
+    """A value of the default's type, where lists stand for tuples of texts."""
+    if isinstance(default, tuple):
+        fits, wanted = isinstance(value, list) and all(map(_is_text, value)), "a list of texts"
+    elif isinstance(default, str):
+        fits, wanted = _is_text(value), "a text"
+    elif isinstance(default, bool):
+        fits, wanted = isinstance(value, bool), "true or false"
+    else:
+        fits, wanted = type(value) is int, "a whole number"
+    if not fits:
+        raise UserError(f"{what} is {reprlib.repr(value)}: it must be {wanted}.")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _is_text(value: Any) -> bool:
+    # JSON can hold half of a surrogate pair, which no tokenizer takes.
+    return isinstance(value, str) and not any("\ud800" <= mark <= "\udfff" for mark in value)
 
 
 def read_tokenizer(
@@ -496,7 +563,7 @@ def read_weights(name_or_path: str, model: Model, seed: int, revision: str | Non
     for weight in table:
         tensor = _take(tensors, weight.name, encoder_folder)
         if weight.path == EMBEDDINGS:
-            rows = model.encoder_json.get("vocab_size", len(tensor))
+            rows: int = model.encoder_json.get("vocab_size") or (*tensor.shape, 0)[0]
             stored = dataclasses.replace(weight, shape=(rows, *weight.shape[1:]))
             _check_shape(tensor, stored, encoder_folder)
             tensor = _resize_rows(tensor, weight.shape[0], seed)
@@ -529,7 +596,8 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     if (folder / "model.safetensors").is_file():
         files = ["model.safetensors"]
     elif index.is_file():
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        shards = _object(read_json(index).get("weight_map"), f"{index}: weight_map")
+        files = sorted({str(name) for name in shards.values()})
     else:
         raise UserError(
             f"{folder} has no model.safetensors: convert its weights to safetensors (pickled "
@@ -538,7 +606,8 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for name in files:
         if Path(name).name != name:
-            raise UserError(f"{index} names {name!r}, outside of the folder.")
+            raise UserError(f"{index} names {reprlib.repr(name)}, outside of the folder.")
+        key = ""
         try:
             with safe_open(folder / name, framework="flax") as file:
                 for key in file.keys():  # noqa: SIM118  (not a dict)
@@ -546,12 +615,21 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
                     if not short.startswith(UNUSED_PREFIXES):
                         # by way of jax, because numpy itself has no bfloat16
                         tensors[short] = np.asarray(file.get_tensor(key)).astype(np.float32)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise UserError(
-                f"{folder / name} cannot be read ({error}): it is damaged or cut short; fetch it "
-                "again."
+                f"{_shown(folder / name)} cannot be read ({brief(error)}): it is damaged or cut "
+                "short; fetch it again."
+            ) from error
+        except (AttributeError, TypeError, OverflowError) as error:  # of safetensors and numpy
+            raise UserError(
+                f"{folder / name}: {_shown(key)} is of a type or shape that cannot be read: "
+                "convert it to float32, float16 or bfloat16."
             ) from error
     return tensors
+
+
+def _shown(name: Any) -> str:
+    return printable(str(name)[:300]).replace("\n", "\\n")
 
 
 def _take(tensors: dict[str, np.ndarray], name: str, folder: Path) -> np.ndarray:
@@ -563,7 +641,7 @@ def _take(tensors: dict[str, np.ndarray], name: str, folder: Path) -> np.ndarray
 def _check_names(tensors: dict[str, np.ndarray], table: list[Weight], folder: Path) -> None:
     known = {weight.name for weight in table}
     if unknown := sorted(name for name in tensors if name not in known):
-        raise UserError(f"{folder} holds a tensor of no known use: {unknown[0]}.")
+        raise UserError(f"{folder} holds a tensor of no known use: {_shown(unknown[0])}.")
 
 
 def _check_shape(tensor: np.ndarray, weight: Weight, folder: Path) -> None:

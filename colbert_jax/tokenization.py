@@ -28,6 +28,9 @@ TokenBatch = dict[str, np.ndarray]  # input_ids int32, attention_mask and scorin
 Ids = Sequence[int] | np.ndarray  # [token], of any integer type
 
 
+LONGEST = 1_000_000  # tokens; every query is padded to its length, an absurd one would fill memory
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizationConfig:
     """How texts become tokens; the defaults are PyLate's.
@@ -64,6 +67,11 @@ class TokenizationConfig:
                     f"{name} is {getattr(self, name)}: it must be at least 4 tokens, to hold "
                     "[CLS], the marker, one token of text and [SEP]."
                 )
+            if getattr(self, name) > LONGEST:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}: no more than {LONGEST} tokens can be asked "
+                    "for."
+                )
 
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -89,7 +97,7 @@ class ColbertTokenizer:
         """Adds the markers to the tokenizer's vocabulary and makes [MASK] its padding.
 
         Raises:
-          UserError: the tokenizer has no [MASK] token.
+          UserError: the tokenizer has no [MASK] token, or can encode nothing.
         """
         if tokenizer.mask_token_id is None:
             raise UserError(
@@ -112,7 +120,24 @@ class ColbertTokenizer:
         self._skipped = np.zeros(len(tokenizer), bool)
         self._skipped[[i for i in ids if i is not None]] = True
         # How many special tokens end a text: [SEP], where a tokenizer has it.
-        marks = tokenizer.backend_tokenizer.encode("a").special_tokens_mask
+        try:
+            encoding = tokenizer.backend_tokenizer.encode("a")
+        except Exception as error:  # tokenizers raises bare ones
+            raise UserError(
+                f"The tokenizer cannot encode a text ({brief(error)}): replace its tokenizer.json."
+            ) from error
+        if max(encoding.ids, default=0) >= len(tokenizer):
+            raise UserError(
+                f"The tokenizer gives a text ids beyond its {len(tokenizer)} tokens: replace its "
+                "tokenizer.json."
+            )
+        marks = encoding.special_tokens_mask
+        for name in ("query_length", "document_length"):
+            if sum(marks) + 1 >= getattr(config, name):
+                raise UserError(
+                    f"{name} is {getattr(config, name)}: the tokenizer's {sum(marks)} special "
+                    "tokens and the marker leave no room for a text."
+                )
         self._tail = len(list(itertools.takewhile(bool, reversed(marks))))
         self._queries = self._side(config.query_prefix, config.query_length)
         self._documents = self._side(config.document_prefix, config.document_length)
@@ -226,7 +251,12 @@ class ColbertTokenizer:
     ) -> list[list[int]]:
         backend, marker_id = side
         cleaned = [self._clean(prompt + text) for text in texts]
-        rows = [encoding.ids for encoding in backend.encode_batch_fast(cleaned)]
+        try:
+            rows = [encoding.ids for encoding in backend.encode_batch_fast(cleaned)]
+        except Exception as error:  # a word that the vocabulary lacks, where it has no [UNK]
+            raise UserError(
+                f"The tokenizer cannot encode a text ({brief(error)}): replace its tokenizer.json."
+            ) from error
         if marker_id is None:
             return rows
         return [[*ids[:1], marker_id, *ids[1:]] for ids in rows]
@@ -288,13 +318,46 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """
     if not (Path(folder) / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json: add the model's tokenizer files to it.")
+    _check_file_names(Path(folder) / "tokenizer_config.json")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (ValueError, OSError, KeyError, AttributeError) as error:
+        # Left open, a folder that names code of its own would have the user asked about it.
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the two libraries raise whatever a file provokes, bare ones too
         raise UserError(
-            f"The tokenizer in {folder} cannot be read ({error}): replace its tokenizer files."
+            f"The tokenizer in {folder} cannot be read ({brief(error)}): replace its "
+            "tokenizer files."
         ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"The tokenizer in {folder} is a {type(tokenizer).__name__}, which does not read "
+            "tokenizer.json: name another tokenizer_class in its tokenizer_config.json."
+        )
+    # Ids are rows of a table; and tokenizers itself writes down every id that is left out.
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= len(tokenizer):
+        raise UserError(
+            f"The tokenizer in {folder} has {len(tokenizer)} tokens with ids up to {largest}: a "
+            "vocabulary whose ids leave some out cannot be used."
+        )
     return tokenizer
+
+
+def _check_file_names(path: Path) -> None:
+    """Checks that a tokenizer's settings name no file elsewhere, which Transformers would open."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["fast_tokenizer_files"]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return  # there are no such names, or Transformers finds the file unreadable too
+    names = names if isinstance(names, list) else [names]
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(f"{path} names fast_tokenizer_files outside of the folder: remove them.")
+
+
+def brief(error: BaseException) -> str:
+    """What an error of a library says, in one line and at no length."""
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
 # A new word starts at `camel|Case` and at `HTTP|Server`.

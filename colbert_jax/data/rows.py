@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple, TypedDict
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from colbert_jax.errors import UserError
+from colbert_jax.errors import UserError, printable
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 PARQUET_SUFFIXES = (".parquet",)
@@ -24,6 +24,8 @@ WANTED_COLUMNS = (
 
 OUR_COLUMNS = r"query|documents?|scores|negative(_\d+)?|(pos|neg)(_scores)?"
 
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+
 # A longer line is no training text, and holding it would be the end of flat memory.
 MAX_ROW_BYTES = 8 << 20
 
@@ -31,7 +33,13 @@ MAX_ROW_BYTES = 8 << 20
 _PARQUET_BATCH_ROWS = 1024
 _PARQUET_BUFFER_BYTES = 1 << 20
 
+# Sets of columns that are remembered as fit; a file whose every row has its own would fill memory.
+_KNOWN_LAYOUTS = 256
+_LONGEST_NAMES = 1000  # characters; longer ones are not remembered
+
 _FILE_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError)
+# Of values that Arrow has and Python has not: dates after the year 9999, time zones of no place.
+_VALUE_ERRORS = (ValueError, OverflowError, LookupError)
 _LARGEST_SCORE = 3e38  # beyond it a score is infinite in 32 bits
 
 
@@ -168,7 +176,8 @@ def require_columns(*columns: str) -> Callable[[Collection[str]], Sequence[str]]
     def choose(found: Collection[str]) -> Sequence[str]:
         if not set(columns) <= set(found):
             raise RowError(
-                f"the columns found are {', '.join(found)}; {', '.join(columns)} are wanted"
+                f"the columns found are {one_line(', '.join(found))}; {', '.join(columns)} are "
+                "wanted"
             )
         return columns
 
@@ -223,6 +232,7 @@ def _read_json_lines(
     path: Path, choose_columns: Callable[[Collection[str]], Sequence[str]], part: Part
 ) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     accepted: set[tuple[str, ...]] = set()
+    of_this_kind = bool(part.start)
     with _open_bytes(path) as file:
         if part.offset:
             file.seek(part.offset)
@@ -244,11 +254,13 @@ def _read_json_lines(
                 try:
                     choose_columns(names)
                 except RowError as reason:
-                    if not accepted and not part.start:  # the file is of another kind
+                    if not of_this_kind:
                         raise UserError(f"{path}, row {number}: {reason}.") from None
                     yield number, reason
                     continue
-                accepted.add(names)
+                of_this_kind = True
+                if len(accepted) < _KNOWN_LAYOUTS and _are_short(names):
+                    accepted.add(names)
             yield number, record
 
 
@@ -316,14 +328,22 @@ def _read_parquet(
 
 def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | RowError]:
     try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:  # Parquet does not check what it is told is UTF-8
+        records = batch.to_pylist()
+    except _VALUE_ERRORS:
         for index in range(batch.num_rows):
-            try:
-                yield batch.slice(index, 1).to_pylist()[0]
-            except UnicodeDecodeError as error:
-                reason = f"a text is not UTF-8 ({error.reason}); mend the file"
-                yield RowError(reason, "undecodable")
+            yield _record(batch.slice(index, 1))
+    else:
+        yield from records
+
+
+def _record(row: pa.RecordBatch) -> dict[str, Any] | RowError:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:  # Parquet does not check what it is told is UTF-8
+        reason = f"a text is not UTF-8 ({error.reason}); mend the file"
+        return RowError(reason, "undecodable")
+    except _VALUE_ERRORS as error:
+        return RowError(f"a value cannot be read ({_first_line(error)}); mend or remove the row")
 
 
 def _split_parquet(path: Path, rows: int) -> list[Part]:
@@ -339,13 +359,20 @@ def _split_parquet(path: Path, rows: int) -> list[Part]:
     return [*parts, Part(start, count)] if count else parts
 
 
-@functools.lru_cache(maxsize=256)
 def _find_layout(names: tuple[str, ...], renamed: tuple[tuple[str, str], ...] = ()) -> _Layout:
     """What a row of these columns is, and which of them it is read from."""
+    return (_remembered_layout if _are_short(names) else _work_out_layout)(names, renamed)
+
+
+def _are_short(names: tuple[str, ...]) -> bool:
+    return sum(map(len, names)) <= _LONGEST_NAMES
+
+
+def _work_out_layout(names: tuple[str, ...], renamed: tuple[tuple[str, str], ...]) -> _Layout:
     theirs = dict(renamed)
     for ours, name in theirs.items():
         if name not in names:
-            shown = ", ".join(names) or "none"
+            shown = one_line(", ".join(names)) or "none"
             raise RowError(f"there is no column {name} to read {ours} from, but {shown}")
     # A column that is read under another name is not read under its own.
     own = {name: name for name in names if name not in theirs.values()}
@@ -361,6 +388,9 @@ def _find_layout(names: tuple[str, ...], renamed: tuple[tuple[str, str], ...] = 
     return _Layout(columns, parse)
 
 
+_remembered_layout = functools.lru_cache(maxsize=_KNOWN_LAYOUTS)(_work_out_layout)
+
+
 def _known_layout(names: tuple[str, ...]) -> _Layout:
     found = set(names)
     if found >= {"query", "documents", "scores"}:
@@ -369,11 +399,12 @@ def _known_layout(names: tuple[str, ...]) -> _Layout:
         optional = tuple(name for name in ("pos_scores", "neg_scores") if name in found)
         return _Layout(("query", "pos", "neg", *optional), _parse_flag_embedding)
     if found >= {"query", "document"}:
-        negatives = tuple(name for name in names if re.fullmatch(r"negative(_\d+)?", name))
+        # Python reads no number of thousands of digits, and no table has so many columns.
+        negatives = tuple(name for name in names if re.fullmatch(r"negative(_\d{1,9})?", name))
         negatives = tuple(sorted(negatives, key=lambda name: int(name[9:] or -1)))
         parse = functools.partial(_parse_contrastive, negative_columns=negatives)
         return _Layout(("query", "document", *negatives), parse)
-    shown = ", ".join(names) or "none"
+    shown = one_line(", ".join(names)) or "none"
     raise RowError(f"the columns found are {shown}; rename them to {WANTED_COLUMNS}")
 
 
@@ -482,6 +513,12 @@ def _kind(value: Any) -> str:
         type(None): "null",
     }
     return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def one_line(text: str, length: int = 300) -> str:
+    """Text out of a file as a message shows it: in one line, and no more than its begin."""
+    shown = printable(text[:length]).replace("\n", "\\n")
+    return f"{shown}..." if len(text) > length else shown
 
 
 def _first_line(error: BaseException) -> str:

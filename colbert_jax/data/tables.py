@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import reprlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from colbert_jax.data.rows import (
+    MAX_ROW_BYTES,
     Part,
     Row,
     RowError,
     check_scores,
     is_unicode,
+    one_line,
     read_rows,
     read_table,
     require_columns,
@@ -313,10 +316,10 @@ def _with_texts(
     query_id, document_ids, scores = ids
     queries, documents = known
     if query_id not in queries:
-        return RowError(f"query {query_id:.40} has no text", "no_text")
+        return RowError(f"query {one_line(query_id, 40)} has no text", "no_text")
     for document_id in document_ids:
         if document_id not in documents:
-            return RowError(f"document {document_id:.40} has no text", "no_text")
+            return RowError(f"document {one_line(document_id, 40)} has no text", "no_text")
     return Row(
         query=queries[query_id],
         documents=[documents[document_id] for document_id in document_ids],
@@ -328,7 +331,7 @@ def _identifier(value: Any) -> str:
     # The same id is a number in one table and a text in another.
     if isinstance(value, bool) or not isinstance(value, str | int):
         kind = "empty" if value is None else "invalid"
-        raise RowError(f"{value!r:.40} is no id; a text or a whole number is wanted", kind)
+        raise RowError(f"{_shown(value)} is no id; a text or a whole number is wanted", kind)
     if isinstance(value, str) and not is_unicode(value):
         raise RowError("an id holds half of a surrogate pair", "undecodable")
     try:
@@ -337,10 +340,19 @@ def _identifier(value: Any) -> str:
         raise RowError("an id has too many digits") from None
 
 
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)  # looks no deeper than it shows
+    except ValueError:  # as in `_identifier`, somewhere within
+        return f"a {type(value).__name__}"
+
+
 def _as_list(record: dict[str, Any], name: str) -> list[Any]:
     """A list that a table may hold as the text of a JSON or Python list."""
     value = record.get(name)
     if isinstance(value, str):
+        if len(value) > MAX_ROW_BYTES:  # parsed, it would take a hundred times its size
+            raise RowError(f'"{name}" holds more than {MAX_ROW_BYTES >> 20} MiB', "too_long")
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):

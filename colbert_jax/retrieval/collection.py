@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from colbert_jax.data.rows import HALF_PAIR, is_unicode
 from colbert_jax.errors import UserError
 
 
@@ -47,9 +48,10 @@ def read_beir(folder: str | os.PathLike[str], split: str = "test") -> Collection
     """
     folder = Path(folder)
     documents = {
-        document_id: text.strip() for document_id, text in read_documents(folder / "corpus.jsonl")
+        document_id: _whole(text.strip())
+        for document_id, text in read_documents(folder / "corpus.jsonl")
     }
-    queries = dict(read_documents(folder / "queries.jsonl"))
+    queries = {name: _whole(text) for name, text in read_documents(folder / "queries.jsonl")}
     qrels = _read_qrels(folder / "qrels" / f"{split}.tsv", documents, queries)
     return Collection(
         name=folder.resolve().name,
@@ -57,6 +59,11 @@ def read_beir(folder: str | os.PathLike[str], split: str = "test") -> Collection
         queries={query_id: text for query_id, text in queries.items() if query_id in qrels},
         qrels=qrels,
     )
+
+
+def _whole(text: str) -> str:
+    """A text as a model reads it: JSON can hold half of a surrogate pair, which no file can."""
+    return text if text.isascii() else HALF_PAIR.sub("\ufffd", text)
 
 
 def read_documents(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
@@ -76,10 +83,13 @@ def read_documents(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
         row_id, title, text = row.get("_id"), row.get("title") or "", row.get("text")
         if not isinstance(row_id, str) or not row_id:
             raise UserError(f'{where} has no id; give it an "_id" that is a string')
+        if not is_unicode(row_id):
+            raise UserError(f'{where} has half of a surrogate pair in its "_id"; mend the id')
         if not isinstance(text, str) or not isinstance(title, str):
             raise UserError(f'{where} has no text; give it a "text" that is a string')
         if row_id in seen:
-            raise UserError(f'{where} has the "_id" {row_id!r} of an earlier line; ids must differ')
+            shown = f"{row_id[:80]!r}"
+            raise UserError(f'{where} has the "_id" {shown} of an earlier line; ids must differ')
         seen.add(row_id)
         yield row_id, f"{title} {text}" if title else text
     if not seen:
@@ -114,18 +124,18 @@ def _read_qrels(
         if len(fields) != 3 or not _is_integer(fields[2]):
             raise UserError(
                 f"{where} is not a judgement; it must have a query id, a document id and a whole "
-                "number, with tabs between them"
+                "number of no more than 32 bits, with tabs between them"
             )
         query_id, document_id = (field.decode("utf-8", "replace").strip() for field in fields[:2])
         if query_id not in queries:
             raise UserError(
-                f"{where} judges the query {query_id!r}, which queries.jsonl does not have; "
+                f"{where} judges the query {query_id[:80]!r}, which queries.jsonl does not have; "
                 "add the query or remove the line"
             )
         if document_id not in documents:
             raise UserError(
-                f"{where} judges the document {document_id!r}, which corpus.jsonl does not have; "
-                "add the document or remove the line"
+                f"{where} judges the document {document_id[:80]!r}, which corpus.jsonl does not "
+                "have; add the document or remove the line"
             )
         qrels.setdefault(query_id, {})[document_id] = int(fields[2])
     if not qrels:
@@ -151,7 +161,6 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def _is_integer(field: bytes) -> bool:
     try:
-        int(field)
+        return abs(int(field)) < 1 << 31  # what trec_eval can hold
     except ValueError:
         return False
-    return True
