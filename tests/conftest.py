@@ -97,6 +97,29 @@ _EDGE_CASES = (
 )
 
 
+# Files that compile models, start programs or wait for them, the longest first: `slow` as a whole,
+# and begun first, so that neither of two processes is left with one of them at the end.
+SLOW = (
+    *("test_documented_commands", "test_sharding", "test_study", "test_micro_batch"),
+    *("test_kill", "test_interruption", "test_losses", "test_processes", "test_ahead"),
+    *("test_benchmarks", "test_run", "test_checkpoint", "test_not_finite", "test_search"),
+    *("test_cli", "test_prepare", "test_evals", "test_mine_program", "test_search_program"),
+    *("test_colbert", "test_builders", "test_launch_scripts", "test_train", "test_score_program"),
+    *("test_attention", "test_pipeline", "test_search_tpu", "test_profile_step"),
+    *("test_hub_model", "test_huggingface", "test_maxsim", "test_maxsim_tpu", "test_maxsim_gpu"),
+    *("test_modernbert", "test_cost", "test_evaluate_pylate", "test_consistency"),
+    *("test_evaluate_program", "test_report_browser", "test_docs", "test_habits", "test_gke"),
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker("slow")
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
 @pytest.fixture(scope="session")
 def pylate(pytestconfig: pytest.Config) -> Iterator[PyLateReference]:
     """A PyLate process, started by the first test that asks for it."""
