@@ -50,6 +50,10 @@ STEP = (
     *("--vocabulary=64", "--pairs=4", "--query-tokens=10", "--document-tokens=12"),
     *("--micro-batch=2", "--lengths=1", "--scan-layers=0"),
 )
+ENCODE = (
+    *("--rounds=1", "--layers=1", "--hidden=16", "--heads=2", "--intermediate=16"),
+    *("--vocabulary=64", "--documents=8", "--document-tokens=12"),
+)
 # What a page leaves to the reader, where it names a program and a flag alone.
 LEFT_OUT = {
     "launch/export.py": {"workdir": "runs/quickstart", "output": "best-colbert"},
@@ -100,6 +104,8 @@ def added(program: str, arguments: Sequence[str]) -> list[str]:
         more += MAXSIM
     elif program == "benchmarks/step.py":
         more += STEP
+    elif program == "benchmarks/encode.py":
+        more += ENCODE
     elif program == "benchmarks/input.py":
         more += ["--rounds=1", "--pairs=200", "--batch=50"]
     elif program == "benchmarks/scaling.py":  # the rows are kept as the page has them

@@ -590,11 +590,10 @@ def check_profile(call: Call, folder: Path) -> None:
 
 
 def check_contest(call: Call, folder: Path) -> None:
-    names = [
-        "ours",
-        "naive",
-        *(("pylate_script", "pylate_tuned") if "peer-python" in call.flags else ()),
-    ]
+    encodes = "encode" in call.program
+    theirs = ("pylate_default" if encodes else "pylate_script", "pylate_tuned")
+    names = ["ours", *(theirs if "peer-python" in call.flags else ())]
+    names += [] if encodes else ["naive"]
     if "json" in call.flags:
         rows = json.loads(call.out)["rows"]
         assert sorted(row["name"] for row in rows) == sorted(names)
@@ -643,6 +642,7 @@ CHECKS: dict[str, Callable[[Call, Path], None]] = {
     "benchmarks/maxsim.py": check_contest,
     "benchmarks/scaling.py": check_scaling,
     "benchmarks/step.py": check_contest,
+    "benchmarks/encode.py": check_contest,
     "benchmarks/study.py": check_study,
     "launch/compile.py": check_compile,
     "launch/evaluate.py": check_evaluate,
