@@ -99,48 +99,56 @@ def changes(workdir: Path, pattern: str) -> Callable[[], set[str]]:
 # --- moments ---
 
 
-def while_starting(workdir: Path, rng: random.Random) -> Moment:
+def while_starting(workdir: Path, rng: random.Random, step: int) -> Moment:
     return lambda: True, rng.uniform(0.2, 6)
 
 
-def in_a_step(workdir: Path, rng: random.Random) -> Moment:
-    begun, target = changes(workdir, "metrics.jsonl"), saved(workdir) + rng.randint(1, 2 * EVERY)
-    return lambda: bool(begun()) and logged(workdir) >= target, rng.uniform(0, 0.03)
+def in_a_step(workdir: Path, rng: random.Random, step: int) -> Moment:
+    """In that step, or where the run is if that is further."""
+    begun = changes(workdir, "metrics.jsonl")
+    return lambda: bool(begun()) and logged(workdir) >= step, rng.uniform(0, 0.03)
 
 
-def in_a_save(workdir: Path, rng: random.Random) -> Moment:
-    """In that of the next checkpoint, or the one after."""
-    begun, after = changes(workdir, f"checkpoints/*{_UNFINISHED}"), saved(workdir)
-    after += rng.choice((0, EVERY))
+def in_a_save(workdir: Path, rng: random.Random, step: int) -> Moment:
+    """In the first save that begins after that step, or the next if the run is further."""
+    begun, after = changes(workdir, f"checkpoints/*{_UNFINISHED}"), max(saved(workdir), step)
     return (
         lambda: any(int(name.removesuffix(_UNFINISHED)) > after for name in begun()),
         rng.uniform(0, 0.05),
     )
 
 
-def in_the_last_evaluation(workdir: Path, rng: random.Random) -> Moment:
+def in_the_last_evaluation(workdir: Path, rng: random.Random, step: int) -> Moment:
     begun = changes(workdir, "metrics.jsonl")
     return lambda: bool(begun()) and logged(workdir) == STEPS, rng.uniform(0, 0.1)
 
 
-def in_the_last_save(workdir: Path, rng: random.Random) -> Moment:
+def in_the_last_save(workdir: Path, rng: random.Random, step: int) -> Moment:
     written = changes(workdir, "results.json")
     return lambda: bool(written()), rng.uniform(0, 0.1)
 
 
-def in_the_export(workdir: Path, rng: random.Random) -> Moment:
+def in_the_export(workdir: Path, rng: random.Random, step: int) -> Moment:
     begun = changes(workdir, f".export-{STEPS}-*")
     return lambda: bool(begun()), rng.uniform(0, 0.02)
 
 
-def plan(rng: random.Random) -> list[Callable[[Path, random.Random], Moment]]:
-    """Twenty moments: before there is any checkpoint, anywhere, and after the last step."""
+def plan(rng: random.Random) -> list[tuple[Callable[[Path, random.Random, int], Moment], int]]:
+    """Twenty moments: before there is any checkpoint, anywhere, and after the last step.
+
+    Those within the run are drawn one from each stretch of two saves, to fall all over it.
+    """
     anywhere = [while_starting] * 5 + [in_a_step] * 3 + [in_a_save] * 6
     rng.shuffle(anywhere)
+    stretches = iter(range(EVERY, STEPS - EVERY, 2 * EVERY))
+    early = rng.randint(1, EVERY - 3)  # before the first save
     return [
-        *(while_starting, in_a_step, while_starting),
-        *anywhere,
-        *(in_the_last_evaluation, in_the_last_save, in_the_export),
+        *((while_starting, 0), (in_a_step, early), (while_starting, 0)),
+        *(
+            (kind, 0 if kind is while_starting else next(stretches) + rng.randrange(2 * EVERY))
+            for kind in anywhere
+        ),
+        *((in_the_last_evaluation, 0), (in_the_last_save, 0), (in_the_export, 0)),
     ]
 
 
@@ -192,9 +200,9 @@ def killed(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     settings |= {"input.cache_dir": folder / "corpus"}  # so that its corpus is prepared anew
     rng = random.Random(SEED)
     kills: list[tuple[str, int, int, set[str]]] = []
-    for choose in plan(rng):
+    for choose, step in plan(rng):
         unfinished = changes(workdir, f"checkpoints/*{_UNFINISHED}")
-        moment = choose(workdir, rng)
+        moment = choose(workdir, rng, step)
         with running(workdir, rows, 1, QUICK, **settings) as process:
             try:
                 kill_at(process, moment)
