@@ -15,13 +15,13 @@ setup(
     packages=find_packages(include=["colbert_jax", "colbert_jax.*"]),
     package_data={"colbert_jax.report": ["page.css", "page.js"]},
     install_requires=[
-        "absl-py>=2.1",
+        "absl-py>=2.3",
         "array_record>=0.8.1",
         "bm25s>=0.2.13",
         "flax>=0.12.8",
         "grain>=0.2.18",
         "filelock>=3.13",
-        "huggingface_hub>=1.3",
+        "huggingface_hub>=1.5",
         "importlib_resources>=6",  # tensorflow-datasets imports it and does not say so
         "ir-measures>=0.4.1",
         "jax>=0.10.2",
@@ -32,7 +32,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.32,<1",
         "protobuf>=6.31.1",  # which made tensorflow-metadata, that tensorflow-datasets imports
-        "pyarrow>=17",
+        "pyarrow>=18",
         "safetensors>=0.5",
         "tensorboardX>=2.6.2.2",
         "tensorflow-datasets>=4.9.10",

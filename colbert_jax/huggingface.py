@@ -609,6 +609,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
             raise UserError(f"{index} names {reprlib.repr(name)}, outside of the folder.")
         key = ""
         try:
+            name.encode()  # over half of a surrogate pair, older versions of safetensors panic
             with safe_open(folder / name, framework="flax") as file:
                 for key in file.keys():  # noqa: SIM118  (not a dict)
                     short = key.removeprefix("model.")

@@ -14,7 +14,7 @@ import itertools
 import json
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -320,10 +320,15 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         raise UserError(f"{folder} has no tokenizer.json: add the model's tokenizer files to it.")
     _check_file_names(Path(folder) / "tokenizer_config.json")
     try:
+        # Before Transformers has it written down: tokenizers then prints every id that is left out.
+        backend = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        _check_ids(folder, backend.get_vocab())
         # Left open, a folder that names code of its own would have the user asked about it.
         tokenizer: Any = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+    except UserError:
+        raise
     except Exception as error:  # the two libraries raise whatever a file provokes, bare ones too
         raise UserError(
             f"The tokenizer in {folder} cannot be read ({brief(error)}): replace its "
@@ -334,14 +339,18 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
             f"The tokenizer in {folder} is a {type(tokenizer).__name__}, which does not read "
             "tokenizer.json: name another tokenizer_class in its tokenizer_config.json."
         )
-    # Ids are rows of a table; and tokenizers itself writes down every id that is left out.
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= len(tokenizer):
+    _check_ids(folder, tokenizer.get_vocab())
+    return tokenizer
+
+
+def _check_ids(folder: str | Path, vocabulary: Mapping[str, int]) -> None:
+    """Checks that ids can be rows of a table as long as the vocabulary."""
+    largest = max(vocabulary.values(), default=-1)
+    if largest >= len(vocabulary):
         raise UserError(
-            f"The tokenizer in {folder} has {len(tokenizer)} tokens with ids up to {largest}: a "
+            f"The tokenizer in {folder} has {len(vocabulary)} tokens with ids up to {largest}: a "
             "vocabulary whose ids leave some out cannot be used."
         )
-    return tokenizer
 
 
 def _check_file_names(path: Path) -> None:

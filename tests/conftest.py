@@ -109,7 +109,15 @@ SLOW = (
     *("test_hub_model", "test_huggingface", "test_maxsim", "test_maxsim_tpu", "test_maxsim_gpu"),
     *("test_modernbert", "test_cost", "test_evaluate_pylate", "test_consistency"),
     *("test_evaluate_program", "test_report_browser", "test_docs", "test_habits", "test_gke"),
+    *("test_encode", "test_maxsim_mesh", "test_report", "test_corpora", "test_retriever"),
+    *("test_index", "test_pairs", "test_lookup", "test_examples"),
 )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    # To import files of which nothing is run takes a quarter of the quick tests' time.
+    unwanted = "not slow" in config.option.markexpr and collection_path.stem in SLOW
+    return True if unwanted else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
