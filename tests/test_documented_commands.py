@@ -622,9 +622,9 @@ def check_scaling(call: Call, folder: Path) -> None:
 def check_study(call: Call, folder: Path) -> None:
     arm = call.flags["arms"]
     assert re.search(rf"^\| {arm}  .* \| 1 \| [01]\.\d{{3}} ", call.out, re.M)
-    output = folder / "runs" / "study"
+    output = folder / call.flags.get("output", "runs/study")
     head, *_ = call.out.splitlines()
-    assert (output / "study.md").read_text().startswith(head)  # the last command's
+    assert (output / "study.md").read_text().startswith(head)
     assert (output / "study.svg").is_file() and list(output.glob(f"export-{arm}-0-*"))
 
 

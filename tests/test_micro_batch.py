@@ -169,7 +169,7 @@ def test_nine_tenths_of_the_tokens_are_real_on_real_text(real_texts):
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_micro_batches_and_kept_products_lower_the_memory_of_the_gradient(scan_layers):
     config = dataclasses.replace(
-        CONFIG, encoder=dataclasses.replace(CONFIG.encoder, num_hidden_layers=10)
+        CONFIG, encoder=dataclasses.replace(CONFIG.encoder, num_hidden_layers=7)
     )
     params, batch = init_params(config, 0), tokens(64)
 
