@@ -32,6 +32,7 @@ from colbert_jax.tokenization import (
     TokenizationConfig,
     brief,
     load_tokenizer,
+    whole,
 )
 
 logger = logging.getLogger(__name__)
@@ -521,7 +522,7 @@ def _setting(value: Any, default: Any, what: str) -> Any:
 
 def _is_text(value: Any) -> bool:
     # JSON can hold half of a surrogate pair, which no tokenizer takes.
-    return isinstance(value, str) and not any("\ud800" <= mark <= "\udfff" for mark in value)
+    return isinstance(value, str) and whole(value) == value
 
 
 def read_tokenizer(

@@ -77,6 +77,11 @@ class TokenizationConfig:
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
+def whole(text: str) -> str:
+    """A text as a model reads it: JSON can hold half of a surrogate pair, tokenizers refuse it."""
+    return text if text.isascii() else _HALF_PAIR.sub("\ufffd", text)
+
+
 class Piece(NamedTuple):
     """What a token stands for.
 
@@ -262,9 +267,7 @@ class ColbertTokenizer:
         return [[*ids[:1], marker_id, *ids[1:]] for ids in rows]
 
     def _clean(self, text: str) -> str:
-        text = text.strip()
-        if not text.isascii():  # JSON can hold half of a surrogate pair, which tokenizers refuse
-            text = _HALF_PAIR.sub("\ufffd", text)
+        text = whole(text.strip())
         return text.lower() if self.config.do_lower_case else text
 
     def _pieces(

@@ -24,8 +24,6 @@ WANTED_COLUMNS = (
 
 OUR_COLUMNS = r"query|documents?|scores|negative(_\d+)?|(pos|neg)(_scores)?"
 
-HALF_PAIR = re.compile("[\ud800-\udfff]")
-
 # A longer line is no training text, and holding it would be the end of flat memory.
 MAX_ROW_BYTES = 8 << 20
 

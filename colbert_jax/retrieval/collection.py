@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colbert_jax.data.rows import HALF_PAIR, is_unicode
+from colbert_jax.data.rows import is_unicode
 from colbert_jax.errors import UserError
+from colbert_jax.tokenization import whole
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ def read_beir(folder: str | os.PathLike[str], split: str = "test") -> Collection
     """
     folder = Path(folder)
     documents = {
-        document_id: _whole(text.strip())
+        document_id: whole(text.strip())
         for document_id, text in read_documents(folder / "corpus.jsonl")
     }
-    queries = {name: _whole(text) for name, text in read_documents(folder / "queries.jsonl")}
+    queries = {name: whole(text) for name, text in read_documents(folder / "queries.jsonl")}
     qrels = _read_qrels(folder / "qrels" / f"{split}.tsv", documents, queries)
     return Collection(
         name=folder.resolve().name,
@@ -59,11 +60,6 @@ def read_beir(folder: str | os.PathLike[str], split: str = "test") -> Collection
         queries={query_id: text for query_id, text in queries.items() if query_id in qrels},
         qrels=qrels,
     )
-
-
-def _whole(text: str) -> str:
-    """A text as a model reads it: JSON can hold half of a surrogate pair, which no file can."""
-    return text if text.isascii() else HALF_PAIR.sub("\ufffd", text)
 
 
 def read_documents(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:

@@ -234,7 +234,7 @@ def sound_tokenizers() -> tuple[ColbertTokenizer, ...]:
     )
 
 
-MODEL_FILES = (
+JSON_FILES = (
     "config.json",
     "modules.json",
     "tokenizer.json",
@@ -242,10 +242,9 @@ MODEL_FILES = (
     "config_sentence_transformers.json",
     "sentence_bert_config.json",
     "1_Dense/config.json",
-    "model.safetensors",
-    "1_Dense/model.safetensors",
-    "model.safetensors.index.json",
 )
+TENSORS = ("model.safetensors", "1_Dense/model.safetensors")
+MODEL_FILES = (*JSON_FILES, *TENSORS, "model.safetensors.index.json")
 
 
 def json_lines(data: bytes) -> None:

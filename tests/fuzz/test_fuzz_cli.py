@@ -1,16 +1,15 @@
 """Whatever overrides are written, a config keeps its keys and types, or one line says why."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from absl import flags
 from fuzz_inputs import any_text, bounded, values
 from fuzz_readers import check_sentence
 from hypothesis import given
 from hypothesis import strategies as st
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
+from test_cli import parse as parse_flags
 
 from colbert_jax import cli
 from colbert_jax.errors import UserError
@@ -19,15 +18,8 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
 
 
 def parse(*arguments: str) -> ConfigDict:
-    """The config of launch/train.py, as `run_program` parses it."""
-    found = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "A config.", flag_values=found)
-    flags.DEFINE_string("workdir", None, "A folder.", flag_values=found)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(cli.flags, "FLAGS", found)
-        patched.setattr(sys, "argv", ["train.py", *arguments])  # where config_flags looks too
-        cli._parse_flags(["train.py", *arguments], ("config",))
-    return found["config"].value
+    """The config of launch/train.py."""
+    return parse_flags(*arguments)["config"].value
 
 
 PLAIN = parse(f"--config={QUICKSTART}")

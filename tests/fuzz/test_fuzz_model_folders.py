@@ -9,23 +9,19 @@ from typing import Any
 
 import pytest
 from fuzz_inputs import HUGE, bounded, damage, edits, places, put, values
-from fuzz_readers import check_model_folder, check_sentence, model_folder, scratch
+from fuzz_readers import (
+    JSON_FILES,
+    TENSORS,
+    check_model_folder,
+    check_sentence,
+    model_folder,
+    scratch,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from colbert_jax import huggingface
 from colbert_jax.errors import UserError
-
-JSON_FILES = (
-    "config.json",
-    "modules.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "config_sentence_transformers.json",
-    "sentence_bert_config.json",
-    "1_Dense/config.json",
-)
-TENSORS = ("model.safetensors", "1_Dense/model.safetensors")
 
 
 @pytest.fixture(autouse=True)
