@@ -37,6 +37,8 @@ _Worth = Mapping[str, Any]
 
 _Read = TypeVar("_Read")
 
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # the system's number, in TensorStore's ValueError
+
 _UNFINISHED = ocp.path.atomicity_types.TMP_DIR_SUFFIX  # of a step's folder while it is written
 
 logger = logging.getLogger(__name__)
@@ -47,9 +49,19 @@ def _is_for_users(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or not record.pathname.startswith(tuple(ocp.__path__))
 
 
+def _is_no_write_that_failed(record: logging.LogRecord) -> bool:
+    """Where several arrays of a save fail, Orbax awaits one; asyncio reports the rest, pages each.
+
+    It does so when they are collected as garbage, which may be many steps later.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    return not _OS_ERROR.search(str(error))
+
+
 # Orbax logs a dozen lines a save; what a user needs of it, the run says itself.
 logging.getLogger("absl").setLevel(logging.WARNING)
 logging.getLogger("absl").addFilter(_is_for_users)
+logging.getLogger("asyncio").addFilter(_is_no_write_that_failed)
 
 
 class Checkpoints:
@@ -495,7 +507,7 @@ def _disk_error(error: BaseException | None) -> str:
     while error is not None:
         if isinstance(error, OSError):
             return error.strerror or str(error)
-        if number := re.search(r"os_error_code='(\d+)'", str(error)):
+        if number := _OS_ERROR.search(str(error)):
             return os.strerror(int(number[1]))
         error = error.__cause__ or error.__context__
     return ""

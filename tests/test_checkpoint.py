@@ -1,8 +1,10 @@
 """Checkpoints give back what was saved, and a run that was stopped ends as if it had not been."""
 
+import asyncio
 import contextlib
 import copy
 import errno
+import gc
 import gzip
 import json
 import os
@@ -489,6 +491,7 @@ def test_a_save_that_fails_is_warned_about_costs_no_other_and_leaves_nothing(
     with full():
         save(checkpoints, 2, large_tree(2))
         save(checkpoints, 3, large_tree(3))  # training goes on
+        gc.collect()  # when asyncio reports what was not awaited
         (line,) = [record.getMessage() for record in caplog.records]  # and none of Orbax's own
         assert re.match(f"Step 2 {failed} .*: make room there", line)
         with pytest.raises(UserError, match=f"^Step 3 {failed} .*: make room there .* start the"):
@@ -501,6 +504,19 @@ def test_a_save_that_fails_is_warned_about_costs_no_other_and_leaves_nothing(
     assert [p.name for p in folder.iterdir()] == ["4"]
     assert_restores(checkpoints, 4)
     checkpoints.close()
+
+
+def test_asyncio_reports_no_write_that_the_run_has_warned_of_but_all_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loop = asyncio.new_event_loop()
+    for error in ("Failed to write 9 bytes to file 29 [os_error_code='27']", "a bug"):
+        loop.create_future().set_exception(ValueError(error))  # and none awaits it
+    gc.collect()
+    loop.close()
+    (record,) = caplog.records
+    assert record.name == "asyncio" and record.exc_info
+    assert str(record.exc_info[1]) == "a bug"
 
 
 def test_closing_says_that_the_last_save_failed(tmp_path: Path) -> None:
