@@ -35,7 +35,13 @@ from colbert_jax.modernbert import ModernBertConfig
 from colbert_jax.run import check_settings
 from colbert_jax.sharding import make_mesh
 from colbert_jax.start import is_run, new_shape
-from colbert_jax.train import abstract_batch, abstract_state, build_step, check_batch
+from colbert_jax.train import (
+    abstract_batch,
+    abstract_state,
+    build_step,
+    check_batch,
+    collect_later,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -336,7 +342,7 @@ def compile_step(
     train_step, optimizer = build_step(config, model)
     state = abstract_state(model, optimizer, mesh, config["loss"]["learn_temperature"])
     batch = abstract_batch(config, mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), collect_later():
         lowered = train_step.lower(state, batch)  # type: ignore[attr-defined]
         try:
             return lowered.compile(), None

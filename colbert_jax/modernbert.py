@@ -5,6 +5,7 @@ H heads, K head size, F intermediate size, V vocabulary.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -306,14 +307,17 @@ class ModernBert(nnx.Module):
             reach = None if everywhere else config.local_attention // 2
             angles = global_angles if everywhere else local_angles
 
-            def refine(x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-                x = layer(x, attention_mask, angles, reach, self.attention)
-                return constrain(x, "batch", "seq", None)
-
-            if self.keep_products:
-                # Inside the loop over layers: around it, all would be found again at once.
-                refine = jax.checkpoint(refine, policy=PRODUCTS_KEPT)
-            return refine(x)
+            graphdef, params = nnx.split(layer)
+            return _refine(
+                params,
+                x,
+                attention_mask,
+                angles,
+                graphdef=graphdef,
+                reach=reach,
+                attention=self.attention,
+                keep_products=self.keep_products,
+            )
 
         x = apply(self.layers[0], 0, x)
         grouped = 0
@@ -332,6 +336,34 @@ class ModernBert(nnx.Module):
         for index, layer in enumerate(self.layers[1:], start=1 + grouped):
             x = apply(layer, index, x)
         return self.final_norm(x)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "reach", "attention", "keep_products"))
+def _refine(
+    params: nnx.State,
+    x: Float[Array, "B T E"],
+    attention_mask: Bool[Array, "B T"],
+    angles: Angles,
+    *,
+    graphdef: nnx.GraphDef[Layer],
+    reach: int | None,
+    attention: str,
+    keep_products: bool,
+) -> Float[Array, "B T E"]:
+    """Applies a layer; a function of its own, so that JAX traces layers that are alike once.
+
+    They are traced and differentiated once for the forward pass, for the one that the backward pass
+    makes again, and for all layers of a kind.
+    """
+
+    def refine(params: nnx.State, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        x = nnx.merge(graphdef, params)(x, attention_mask, angles, reach, attention)
+        return constrain(x, "batch", "seq", None)
+
+    if keep_products:
+        # Inside the loop over layers: around it, all would be found again at once.
+        refine = jax.checkpoint(refine, policy=PRODUCTS_KEPT)
+    return refine(params, x)
 
 
 def stack_layers(config: ModernBertConfig, params: dict[Any, Any]) -> dict[Any, Any]:

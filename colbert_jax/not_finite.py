@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ FOLDER = "not_finite"  # of a run, for what is kept
 FACTS = "steps.json"
 
 Batch = dict[str, Any]
-_Tree = TypeVar("_Tree")
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +62,6 @@ def judge(
     usable = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (skipped.in_row < most)
     in_row = jnp.where(usable, 0, jnp.minimum(skipped.in_row + 1, most))
     return usable, Skipped(skipped.in_all + ~usable, in_row)
-
-
-def choose(usable: Bool[Array, ""], new: _Tree, old: _Tree) -> _Tree:
-    """The new tree, or the old one where the new is not usable."""
-    return jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, old)
 
 
 class NotFinite(Exception):

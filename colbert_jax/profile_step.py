@@ -36,6 +36,7 @@ from colbert_jax.train import (
     Metrics,
     TrainState,
     check_batch,
+    collect_later,
 )
 
 logger = logging.getLogger(__name__)
@@ -209,7 +210,8 @@ def compile_named(train_step: Any, state: TrainState, batch: Batch) -> jax.stage
     before = getattr(jax.config, option)
     jax.config.update(option, True)
     try:
-        return train_step.lower(state, batch).compile()
+        with collect_later():
+            return train_step.lower(state, batch).compile()
     finally:
         jax.config.update(option, before)
 

@@ -292,20 +292,6 @@ def test_the_loss_is_that_of_the_parameters_before_the_update(contrastive: Train
     assert float(logged["tokens"]) == float(metrics["tokens"]) == real
 
 
-def test_python_collects_no_garbage_while_a_step_is_traced_but_afterwards() -> None:
-    seen = []
-
-    def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        seen.append(gc.isenabled())
-        return jnp.sum(params["model"]), {}
-
-    optimizer, schedule = build_optimizer(OPTIMIZER, total_steps=TOTAL_STEPS, batch_size=BATCH)
-    step = make_train_step(loss_fn, optimizer, schedule, lambda batch: jnp.float32(0), 3)
-    params = {"model": jnp.ones(3), "loss": {}}
-    step(TrainState(jnp.int32(0), params, optimizer.init(params), none_skipped()), {})
-    assert seen == [False] and gc.isenabled()
-
-
 # --- the loop ---
 
 
@@ -365,6 +351,32 @@ def test_the_last_step_is_always_logged(tmp_path: Path, every: int, steps: list[
     )
     log.close()
     assert [row["step"] for row in read_metrics(tmp_path)] == steps
+
+
+def test_python_collects_no_garbage_while_a_step_is_made_but_afterwards(tmp_path: Path) -> None:
+    seen: list[bool] = []
+    metrics = step_metrics()
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        seen.append(gc.isenabled())
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
+    log = MetricLog(tmp_path)
+    train(
+        TrainState(jnp.int32(0), {"model": {}, "loss": {}}, {}, none_skipped()),
+        step,
+        Repeat({"x": np.zeros((8, 1), np.float32)}),
+        mesh=make_mesh(),
+        total_steps=1,
+        peak_flops=PEAK_FLOPS,
+        log_every_steps=0,
+        log=log,
+        checkpoints=NoCheckpoints(),
+        config={},
+        evaluate=lambda step, params: seen.append(gc.isenabled()),
+    )
+    log.close()
+    assert seen == [False, True]
 
 
 def test_the_next_batch_is_sent_while_the_devices_are_at_this_one(
