@@ -21,3 +21,15 @@ def printable(text: str) -> str:
         mark if mark.isprintable() or mark == "\n" else mark.encode("unicode_escape").decode()
         for mark in text
     )
+
+
+def one_line(text: str, length: int = 300) -> str:
+    """Text out of a file as a message shows it: in one line, and no more than its begin."""
+    shown = printable(text[:length]).replace("\n", "\\n")
+    return f"{shown}..." if len(text) > length else shown
+
+
+def brief(error: BaseException) -> str:
+    """What an error of a library says, in one line and at no length."""
+    said = " ".join(str(error).split()).rstrip(".")
+    return one_line(said) or type(error).__name__

@@ -25,12 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from colbert_jax.colbert import ColbertConfig, DenseConfig, Params
-from colbert_jax.errors import UserError, printable
+from colbert_jax.errors import UserError, brief, one_line
 from colbert_jax.modernbert import ModernBertConfig
 from colbert_jax.tokenization import (
     ColbertTokenizer,
     TokenizationConfig,
-    brief,
     load_tokenizer,
     whole,
 )
@@ -619,19 +618,15 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
                         tensors[short] = np.asarray(file.get_tensor(key)).astype(np.float32)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(
-                f"{_shown(folder / name)} cannot be read ({brief(error)}): it is damaged or cut "
-                "short; fetch it again."
+                f"{one_line(str(folder / name))} cannot be read ({brief(error)}): it is damaged "
+                "or cut short; fetch it again."
             ) from error
         except (AttributeError, TypeError, OverflowError) as error:  # of safetensors and numpy
             raise UserError(
-                f"{folder / name}: {_shown(key)} is of a type or shape that cannot be read: "
+                f"{folder / name}: {one_line(key)} is of a type or shape that cannot be read: "
                 "convert it to float32, float16 or bfloat16."
             ) from error
     return tensors
-
-
-def _shown(name: Any) -> str:
-    return printable(str(name)[:300]).replace("\n", "\\n")
 
 
 def _take(tensors: dict[str, np.ndarray], name: str, folder: Path) -> np.ndarray:
@@ -643,7 +638,7 @@ def _take(tensors: dict[str, np.ndarray], name: str, folder: Path) -> np.ndarray
 def _check_names(tensors: dict[str, np.ndarray], table: list[Weight], folder: Path) -> None:
     known = {weight.name for weight in table}
     if unknown := sorted(name for name in tensors if name not in known):
-        raise UserError(f"{folder} holds a tensor of no known use: {_shown(unknown[0])}.")
+        raise UserError(f"{folder} holds a tensor of no known use: {one_line(unknown[0])}.")
 
 
 def _check_shape(tensor: np.ndarray, weight: Weight, folder: Path) -> None:

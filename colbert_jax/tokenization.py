@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from colbert_jax.errors import UserError
+from colbert_jax.errors import UserError, brief
 
 TokenBatch = dict[str, np.ndarray]  # input_ids int32, attention_mask and scoring_mask bool
 Ids = Sequence[int] | np.ndarray  # [token], of any integer type
@@ -365,11 +365,6 @@ def _check_file_names(path: Path) -> None:
     names = names if isinstance(names, list) else [names]
     if not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise UserError(f"{path} names fast_tokenizer_files outside of the folder: remove them.")
-
-
-def brief(error: BaseException) -> str:
-    """What an error of a library says, in one line and at no length."""
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
 # A new word starts at `camel|Case` and at `HTTP|Server`.

@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple, TypedDict
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from colbert_jax.errors import UserError, printable
+from colbert_jax.errors import UserError, brief, one_line
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 PARQUET_SUFFIXES = (".parquet",)
@@ -217,11 +217,10 @@ def _file_error(path: Path, error: Exception) -> UserError:
         )
     if isinstance(error, pa.ArrowException | UnicodeDecodeError):
         return UserError(
-            f"{path} is not a sound Parquet file ({_first_line(error)}): write or download it "
-            "again."
+            f"{path} is not a sound Parquet file ({brief(error)}): write or download it again."
         )
     return UserError(
-        f"{path} cannot be read ({_first_line(error)}): check that it is a sound file and "
+        f"{path} cannot be read ({brief(error)}): check that it is a sound file and "
         "that you may read it."
     )
 
@@ -341,7 +340,7 @@ def _record(row: pa.RecordBatch) -> dict[str, Any] | RowError:
         reason = f"a text is not UTF-8 ({error.reason}); mend the file"
         return RowError(reason, "undecodable")
     except _VALUE_ERRORS as error:
-        return RowError(f"a value cannot be read ({_first_line(error)}); mend or remove the row")
+        return RowError(f"a value cannot be read ({brief(error)}); mend or remove the row")
 
 
 def _split_parquet(path: Path, rows: int) -> list[Part]:
@@ -511,13 +510,3 @@ def _kind(value: Any) -> str:
         type(None): "null",
     }
     return kinds.get(type(value), f"a {type(value).__name__}")
-
-
-def one_line(text: str, length: int = 300) -> str:
-    """Text out of a file as a message shows it: in one line, and no more than its begin."""
-    shown = printable(text[:length]).replace("\n", "\\n")
-    return f"{shown}..." if len(text) > length else shown
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

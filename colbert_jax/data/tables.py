@@ -19,13 +19,12 @@ from colbert_jax.data.rows import (
     RowError,
     check_scores,
     is_unicode,
-    one_line,
     read_rows,
     read_table,
     require_columns,
     split_table,
 )
-from colbert_jax.errors import UserError
+from colbert_jax.errors import UserError, one_line
 
 # Finest grain at which a file is cut: what is read again, at worst, to begin in its midst.
 _MARK_ROWS = 10_000
