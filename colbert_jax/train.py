@@ -278,12 +278,7 @@ def make_train_step(
             # One branch for all: a choice for each parameter has XLA's CPU backend compile each
             # update twice, for either outcome, which is a fifth of the time of compilation.
             params, opt_state = jax.lax.cond(
-                usable,
-                update,
-                lambda grads, *unchanged: unchanged,
-                grads,
-                state.params,
-                state.opt_state,
+                usable, update, keep, grads, state.params, state.opt_state
             )
             updates_made = state.step - state.skipped.in_all
             metrics |= {
