@@ -332,24 +332,40 @@ def test_checkpoints_are_saved_when_due_and_at_the_end(contrastive: Trained) -> 
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("every, steps", [(0, [5]), (1, [1, 2, 3, 4, 5]), (3, [3, 5])])
-def test_the_last_step_is_always_logged(tmp_path: Path, every: int, steps: list[int]) -> None:
-    mesh, log = make_mesh(), MetricLog(tmp_path)
-    metrics = step_metrics()
+def run_loop(
+    workdir: Path,
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]],
+    batches: Repeat | None = None,
+    **settings: Any,
+) -> None:
+    """The loop around a step that trains nothing; settings are `train`'s."""
+    log = MetricLog(workdir)
+    quiet = {
+        "log_every_steps": 0,
+        "checkpoints": NoCheckpoints(),
+        "evaluate": lambda step, params: None,
+    }
     train(
         TrainState(jnp.int32(0), {"model": {}, "loss": {}}, {}, none_skipped()),
-        lambda state, batch: (dataclasses.replace(state, step=state.step + 1), metrics),
-        Repeat({"x": np.zeros((8, 1), np.float32)}),
-        mesh=mesh,
-        total_steps=5,
+        step,
+        batches or Repeat({"x": np.zeros((8, 1), np.float32)}),
+        mesh=make_mesh(),
         peak_flops=PEAK_FLOPS,
-        log_every_steps=every,
         log=log,
-        checkpoints=NoCheckpoints(),
         config={},
-        evaluate=lambda step, params: None,
+        **quiet | settings,
     )
     log.close()
+
+
+@pytest.mark.parametrize("every, steps", [(0, [5]), (1, [1, 2, 3, 4, 5]), (3, [3, 5])])
+def test_the_last_step_is_always_logged(tmp_path: Path, every: int, steps: list[int]) -> None:
+    metrics = step_metrics()
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
+    run_loop(tmp_path, step, total_steps=5, log_every_steps=every)
     assert [row["step"] for row in read_metrics(tmp_path)] == steps
 
 
@@ -361,21 +377,9 @@ def test_python_collects_no_garbage_while_a_step_is_made_but_afterwards(tmp_path
         seen.append(gc.isenabled())
         return dataclasses.replace(state, step=state.step + 1), metrics
 
-    log = MetricLog(tmp_path)
-    train(
-        TrainState(jnp.int32(0), {"model": {}, "loss": {}}, {}, none_skipped()),
-        step,
-        Repeat({"x": np.zeros((8, 1), np.float32)}),
-        mesh=make_mesh(),
-        total_steps=1,
-        peak_flops=PEAK_FLOPS,
-        log_every_steps=0,
-        log=log,
-        checkpoints=NoCheckpoints(),
-        config={},
-        evaluate=lambda step, params: seen.append(gc.isenabled()),
+    run_loop(
+        tmp_path, step, total_steps=1, evaluate=lambda step, params: seen.append(gc.isenabled())
     )
-    log.close()
     assert seen == [False, True]
 
 
@@ -407,21 +411,7 @@ def test_the_next_batch_is_sent_while_the_devices_are_at_this_one(
 
     monkeypatch.setattr("colbert_jax.train.global_batch", place)
     monkeypatch.setattr("colbert_jax.train.jax.device_get", fetch)
-    log = MetricLog(tmp_path)
-    train(
-        TrainState(jnp.int32(0), {"model": {}, "loss": {}}, {}, none_skipped()),
-        step,
-        batches,
-        mesh=make_mesh(),
-        total_steps=3,
-        peak_flops=PEAK_FLOPS,
-        log_every_steps=1,
-        log=log,
-        checkpoints=Noted(),
-        config={},
-        evaluate=lambda step, params: None,
-    )
-    log.close()
+    run_loop(tmp_path, step, batches, total_steps=3, log_every_steps=1, checkpoints=Noted())
     assert events == [
         *("send 1", "step", "send 2", "fetch"),
         *("step", "send 3", "fetch", "save 2 at 2"),
