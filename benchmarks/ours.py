@@ -4,6 +4,7 @@ Started by the harness. A set-up is a JSON object with `kind` ("maxsim", "step" 
 fields that its class reads.
 """
 
+import functools
 import json
 import runpy
 import time
@@ -19,8 +20,10 @@ from worker import serve
 
 from colbert_jax import huggingface, maxsim, rates, train
 from colbert_jax.colbert import make_embed
+from colbert_jax.forms import choose_forms, maxsim_runs
 from colbert_jax.retrieval.encode import Encoder
 from colbert_jax.sharding import global_batch, make_mesh
+from colbert_jax.trial import fastest
 from colbert_jax.xla_flags import find_platform, set_flags
 
 PRETRAIN = Path(__file__).resolve().parents[1] / "configs" / "pretrain.py"
@@ -66,18 +69,23 @@ class MaxSim(OnDevice):
 
     def __init__(self, setup: dict[str, Any]):
         super().__init__()
+        with np.load(setup["inputs"]) as arrays:
+            embeddings = [jnp.asarray(arrays[name], setup["dtype"]) for name in ("query", "doc")]
+        masks = [jnp.ones(x.shape[:2], bool) for x in embeddings]
+        self.inputs = (*embeddings, *masks)
         score = maxsim.maxsim_all_pairs
         if setup["naive"]:
             score = maxsim.maxsim_all_pairs_reference
+        elif jax.default_backend() == "gpu":
+            lengths = (x.shape[1] for x in embeddings)
+            runs = maxsim_runs(*lengths, embeddings[0].shape[2], setup["dtype"], None)
+            best, _ = fastest("MaxSim", runs)
+            score = functools.partial(score, kernels=best == "kernels")
 
         def loss(queries, documents, query_mask, document_mask):
             scores = score(queries, documents, query_mask, document_mask)
             return jnp.mean(jax.nn.logsumexp(scores, axis=1) - jnp.diagonal(scores))
 
-        with np.load(setup["inputs"]) as arrays:
-            embeddings = [jnp.asarray(arrays[name], setup["dtype"]) for name in ("query", "doc")]
-        masks = [jnp.ones(x.shape[:2], bool) for x in embeddings]
-        self.inputs = (*embeddings, *masks)
         self.program = self.compile(jax.jit(jax.value_and_grad(loss, (0, 1))), *self.inputs)
 
     def run(self) -> dict[str, float]:
@@ -93,7 +101,9 @@ class Step(OnDevice):
         super().__init__()
         model = huggingface.read_model(setup["folder"])
         self.dtype, self.matmul_flops = setup["dtype"], None
-        step, optimizer = train.build_step(step_config(setup), model.config)
+        config = step_config(setup)
+        forms = choose_forms(config, model.config)
+        step, optimizer = train.build_step(config, model.config, forms=forms)
         self.mesh = make_mesh(devices=jax.devices()[:1])
         batch = global_batch(read_batch(setup["inputs"]), self.mesh)
         with jax.set_mesh(self.mesh), naive_maxsim() if setup["naive"] else nullcontext():

@@ -31,6 +31,7 @@ from colbert_jax.colbert import ColbertConfig, DenseConfig
 from colbert_jax.collectives import KINDS, Traffic, read_traffic
 from colbert_jax.cost import CHIPS, Chip, Roofline, Work, roofline, step_work
 from colbert_jax.errors import UserError
+from colbert_jax.forms import choose_forms
 from colbert_jax.modernbert import ModernBertConfig
 from colbert_jax.run import check_settings
 from colbert_jax.sharding import make_mesh
@@ -339,7 +340,9 @@ def compile_step(
     config: dict[str, Any], model: ColbertConfig, mesh: Mesh
 ) -> tuple[jax.stages.Compiled | None, float | None]:
     """The compiled step; or None and, if XLA says so, the bytes that it would have needed."""
-    train_step, optimizer = build_step(config, model)
+    with jax.set_mesh(mesh):
+        forms = choose_forms(config, model)
+    train_step, optimizer = build_step(config, model, forms=forms)
     state = abstract_state(model, optimizer, mesh, config["loss"]["learn_temperature"])
     batch = abstract_batch(config, mesh)
     with jax.set_mesh(mesh), collect_later():

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,27 @@ from colbert_jax.sharding import on_each_device, platform
 
 logger = logging.getLogger(__name__)
 
-# What computes attention: "auto" is the fused kernel where the backend has one for the length, and
-# plain XLA elsewhere; "xla" never uses a kernel.
+# What computes attention, to choose from in a config: "auto" is the fused kernel where the backend
+# has one for the length, and plain XLA elsewhere; "xla" never uses a kernel.
 ATTENTION = ("auto", "xla")
+
+# What a GPU may compute it by, beside "xla"; `forms.py` finds out which is best.
+GPU_KERNELS = ("tokamax", "cudnn")
+
+
+class ByReach(NamedTuple):
+    """Forms by name, "xla" or of `GPU_KERNELS`, for the two kinds of layers.
+
+    Attributes:
+      everywhere: for layers that look at the whole text, or have a window that holds it.
+      local: for layers with a window.
+    """
+
+    everywhere: str
+    local: str
+
+
+AttentionForm = str | ByReach  # a name counts for all layers
 
 # From this many window reaches on, XLA computes local layers in blocks. On CPU measured, forward
 # and backward; on TPU by XLA's own estimate for v5e, by which blocks cost more than they save
@@ -44,7 +63,7 @@ def attend(
     value: Float[Array, "B T H K"],
     attention_mask: Bool[Array, "B T"],
     reach: int | None = None,
-    attention: str = "auto",
+    attention: AttentionForm = "auto",
 ) -> Float[Array, "B T H K"]:
     """Softmax attention, normalised in float32 (arXiv 1706.03762, equation 1).
 
@@ -57,14 +76,16 @@ def attend(
       value: likewise.
       attention_mask: `attention_mask[batch, token]`, True where a token may be looked at.
       reach: tokens on either side that a token may look at; None is all of them.
-      attention: one of `ATTENTION`.
+      attention: one of `ATTENTION`, or what `forms.py` has chosen.
 
     Returns:
       `gathered[batch, token, head, head_size]` in the dtype of `value`.
     """
     if reach is not None and query.shape[1] <= reach + 1:
         reach = None  # the window holds the whole text
-    form = _best_form(query.shape[1], query.dtype, reach) if attention == "auto" else None
+    if isinstance(attention, ByReach):
+        attention = attention.everywhere if reach is None else attention.local
+    form = _named_form(attention, query.shape[1], query.dtype, reach)
     if form is None:
         in_blocks = reach and query.shape[1] >= BANDED_FROM[platform()] * reach
         form = _banded if in_blocks else _plain
@@ -144,6 +165,13 @@ def _softmax(logits, mask):
     return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=-1)
 
 
+def _named_form(name: str, length: int, dtype: jnp.dtype, reach: int | None) -> Form | None:
+    """A form by name; None for plain XLA."""
+    if name == "auto":
+        return _best_form(length, dtype, reach)
+    return {"xla": None, "tokamax": _tokamax, "cudnn": _cudnn}[name]
+
+
 def _best_form(length: int, dtype: jnp.dtype, reach: int | None) -> Form | None:
     """The backend's fused kernel for texts of a length; None where plain XLA does as well."""
     kind = platform()
@@ -156,9 +184,9 @@ def _best_form(length: int, dtype: jnp.dtype, reach: int | None) -> Form | None:
 
 @functools.cache
 def _gpu_form(half: bool) -> Form | None:
-    """The fused kernel for GPU; why it is not the first choice is logged once."""
+    """The fused kernel for GPU where none was tried; why it is not the first is logged once."""
     if importlib.util.find_spec("tokamax") is not None:
-        return _tokamax
+        return _tokamax_if_it_can
     if half:
         logger.info("attention by cuDNN: for faster local layers, pip install tokamax")
         return _cudnn
@@ -176,15 +204,20 @@ def _tokamax(query, key, value, attention_mask, reach):
     # Where absl has not read the command line, it does, and ends over flags that it does not know.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+    return tokamax.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=attention_mask[:, None, None, :],
+        local_window_size=reach,
+        implementation=("mosaic", "triton"),
+    )
+
+
+def _tokamax_if_it_can(query, key, value, attention_mask, reach):
+    """`_tokamax`, or plain attention on a GPU that it has no kernel for."""
     try:
-        return tokamax.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=attention_mask[:, None, None, :],
-            local_window_size=reach,
-            implementation=("mosaic", "triton"),
-        )
+        return _tokamax(query, key, value, attention_mask, reach)
     except (NotImplementedError, ExceptionGroup) as error:
         logger.info("attention by XLA: tokamax has no kernel for it here (%s)", error)
         return _plain(query, key, value, attention_mask, reach)

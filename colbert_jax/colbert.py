@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from colbert_jax.attention import AttentionForm
 from colbert_jax.modernbert import (
     ModernBert,
     ModernBertConfig,
@@ -102,7 +103,7 @@ class Colbert(nnx.Module):
         config: ColbertConfig,
         scan_layers: bool = False,
         keep_products: bool = False,
-        attention: str = "auto",
+        attention: AttentionForm = "auto",
         *,
         rngs: nnx.Rngs,
     ):
@@ -170,7 +171,7 @@ def make_embed(
     dtype: jnp.dtype | str = jnp.float32,
     scan_layers: bool = False,
     keep_products: bool = False,
-    attention: str = "auto",
+    attention: AttentionForm = "auto",
 ) -> Embed:
     """Makes the pure function `embed(params, input_ids, attention_mask) -> token_embeddings`.
 
@@ -184,7 +185,7 @@ def make_embed(
         function then takes `scanned_params`.
       keep_products: whether the backward pass is handed only the matrix products of a layer and
         computes the rest of it again, or is handed everything.
-      attention: "auto" takes the backend's fused kernel, "xla" never does.
+      attention: as in `attend`: "auto" takes the backend's fused kernel, "xla" never does.
     """
     graphdef, _ = _split(config, scan_layers, keep_products, attention)
     dtype = jnp.dtype(dtype)

@@ -6,23 +6,19 @@ pair and, for the backward pass, the place of each winner. The gradient builds t
 winners again, tile by tile, for two matrix products: no scatter and no atomics, hence the same
 order of sums every time. Triton compiles the kernels; all its tiles have powers of two as sizes.
 
-`chosen` finds out on the device at hand whether they win.
+`forms.py` finds out on the device at hand whether they win.
 
 Shape letters beside those of `maxsim.py`: B blocks of R rows; a row is a query token, and a block
 holds G whole queries, or parts of queries where these are long.
 """
 
 import functools
-import logging
 import math
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, UInt
@@ -34,12 +30,8 @@ from colbert_jax.maxsim_kernels import (
     on_every_device,
     product,
     round_up,
-    takes,
     winner_dtype,
 )
-from colbert_jax.sharding import make_mesh, platform
-
-logger = logging.getLogger(__name__)
 
 
 class Sizes(NamedTuple):
@@ -446,122 +438,3 @@ def _call(kernel: functools.partial[None], dtype: Any, **options: Any) -> Callab
         **options,
     )
     return functools.partial(on_every_device, call)
-
-
-# Whether they win.
-
-TEXTS = (64, 1024)  # queries and documents of the trial
-WARM_UPS, TIMED = 2, 5
-# Of a norm. Between tokens that all but tie, rounding decides who takes the gradient.
-AGREEMENT = 2e-2
-
-
-def chosen(
-    score: Callable[..., Float[Array, "Q N"]],
-    query_length: int,
-    document_length: int,
-    dim: int,
-    dtype: Any,
-    masked_similarity: float | None,
-) -> bool:
-    """Whether a run is to compute MaxSim by the kernels: on a GPU, where a trial finds them faster.
-
-    The trial takes seconds, and one line of the log says how it ended. On several hosts the first
-    one's counts for all.
-
-    Args:
-      score: `maxsim.maxsim_all_pairs`.
-      query_length: tokens of a query.
-      document_length: tokens of a document.
-      dim: size of an embedding.
-      dtype: of the embeddings.
-      masked_similarity: as in `maxsim.maxsim`.
-    """
-    if platform() != "gpu":
-        return False
-    if not takes(jnp.dtype(dtype), jnp.dtype(dtype), masked_similarity):
-        use, line = False, "MaxSim by XLA, since our kernels do not take what the run has"
-    else:
-        # The run's mesh may span devices that are not this host's.
-        with jax.set_mesh(make_mesh(devices=jax.local_devices()[:1])):
-            inputs = _draw(query_length, document_length, dim, dtype)
-            use, line = _trial(functools.partial(_both_ways, score, masked_similarity), inputs)
-    if jax.process_count() > 1:
-        use = bool(multihost_utils.broadcast_one_to_all(np.asarray(use)))
-    if jax.process_index() == 0:
-        logger.info("%s", line)
-    return use
-
-
-def _trial(run: Callable[..., tuple[Array, ...]], inputs: tuple[Array, ...]) -> tuple[bool, str]:
-    """Whether the kernels are right and faster, and a line that says so.
-
-    Args:
-      run: `run(kernels, *inputs)`, to scores and gradients.
-      inputs: of it.
-    """
-    try:
-        ours = jax.block_until_ready(run(True, *inputs))
-    except Exception as error:  # whatever a compiler or a driver has against them
-        why = str(error).strip().partition("\n")[0]
-        return False, (
-            f"MaxSim by XLA, since our kernels do not run here ({type(error).__name__}: {why})"
-        )
-    with jax.default_matmul_precision("highest"):  # XLA may round float32 on the way
-        expected = run(False, *inputs)
-    if not all(_agree(x, y) for x, y in zip(ours, expected, strict=True)):
-        return False, "MaxSim by XLA, since our kernels give other numbers here"
-    by_kernels, by_xla = (1e3 * _seconds(run, kernels, *inputs) for kernels in (True, False))
-    texts = " x ".join(f"{n:,}" for n in TEXTS)
-    if by_kernels < by_xla:
-        return True, (
-            f"MaxSim by our kernels, {by_kernels:.2f} ms against XLA's {by_xla:.2f} "
-            f"for {texts} texts"
-        )
-    return False, (
-        f"MaxSim by XLA, since our kernels take {by_kernels:.2f} ms against its {by_xla:.2f} "
-        f"for {texts} texts"
-    )
-
-
-def _draw(query_length: int, document_length: int, dim: int, dtype: Any) -> tuple[Array, ...]:
-    """Embeddings of unit length, masks that leave four tokens of five, and weights of pairs."""
-    keys = iter(jax.random.split(jax.random.key(0), 5))
-    lengths = tuple(zip(TEXTS, (query_length, document_length), strict=True))
-    embeddings = (jax.random.normal(next(keys), (*shape, dim)) for shape in lengths)
-    masks = (jax.random.bernoulli(next(keys), 0.8, shape) for shape in lengths)
-    return (
-        *((x / jnp.linalg.norm(x, axis=-1, keepdims=True)).astype(dtype) for x in embeddings),
-        *masks,
-        jax.random.normal(next(keys), TEXTS),
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _both_ways(
-    score, masked_similarity, kernels, queries, documents, query_mask, document_mask, weights
-):
-    """Scores, and the gradients of their product with weights."""
-
-    def scores(queries, documents):
-        masks = (query_mask, document_mask)
-        return score(queries, documents, *masks, masked_similarity, None, kernels)
-
-    found, back = jax.vjp(scores, queries, documents)
-    return found, *back(weights)
-
-
-def _agree(x: Array, y: Array) -> bool:
-    """Whether one array is the other but for rounding; nothing agrees with what is no number."""
-    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-    return bool(jnp.linalg.norm((x - y).ravel()) <= AGREEMENT * jnp.linalg.norm(y.ravel()))
-
-
-def _seconds(run: Callable[..., Any], *inputs: Any) -> float:
-    """The median of a few calls, after some that warm up."""
-    taken = []
-    for _ in range(WARM_UPS + TIMED):
-        start = time.perf_counter()
-        jax.block_until_ready(run(*inputs))
-        taken.append(time.perf_counter() - start)
-    return float(np.median(taken[WARM_UPS:]))

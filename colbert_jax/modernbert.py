@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from colbert_jax.attention import attend
+from colbert_jax.attention import AttentionForm, attend
 from colbert_jax.lookup import look_up
 from colbert_jax.sharding import Axes, constrain, platform
 
@@ -181,7 +181,7 @@ class Attention(nnx.Module):
         attention_mask: Bool[Array, "B T"],
         angles: Angles,
         reach: int | None,
-        attention: str,
+        attention: AttentionForm,
     ) -> Float[Array, "B T E"]:
         """Lets every token gather from those that it may look at, as `attend` has it."""
         # Heads are the outermost of the merged axes, so that splitting them over `tensor` survives
@@ -230,7 +230,7 @@ class Layer(nnx.Module):
         attention_mask: Bool[Array, "B T"],
         angles: Angles,
         reach: int | None,
-        attention: str,
+        attention: AttentionForm,
     ) -> Float[Array, "B T E"]:
         """Refines every token's vector once."""
         with jax.named_scope("attention_global" if reach is None else "attention_local"):
@@ -247,7 +247,7 @@ class ModernBert(nnx.Module):
     (local, ..., local, global) that `jax.lax.scan` repeats over parameters that `stack_layers` has
     stacked; those that make no whole group follow. A group is compiled once. With `keep_products`,
     the backward pass finds all but a layer's matrix products again from its input. `attention` is
-    one of `ATTENTION`.
+    as in `attend`.
     """
 
     def __init__(
@@ -255,7 +255,7 @@ class ModernBert(nnx.Module):
         config: ModernBertConfig,
         scan_layers: bool = False,
         keep_products: bool = False,
-        attention: str = "auto",
+        attention: AttentionForm = "auto",
         *,
         rngs: nnx.Rngs,
     ):
@@ -347,7 +347,7 @@ def _refine(
     *,
     graphdef: nnx.GraphDef[Layer],
     reach: int | None,
-    attention: str,
+    attention: AttentionForm,
     keep_products: bool,
 ) -> Float[Array, "B T E"]:
     """Applies a layer; a function of its own, so that JAX traces layers that are alike once.

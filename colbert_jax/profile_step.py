@@ -26,6 +26,7 @@ from colbert_jax.colbert import ColbertConfig
 from colbert_jax.cost import encoder_flops
 from colbert_jax.data.inputs import open_corpus, open_tokens
 from colbert_jax.errors import UserError
+from colbert_jax.forms import choose_forms
 from colbert_jax.micro_batch import used_lengths
 from colbert_jax.run import check_rows, check_settings, keep_compiled, open_training
 from colbert_jax.sharding import global_batch, join_hosts, make_mesh
@@ -173,7 +174,8 @@ def measure(config: dict[str, Any], mesh: Mesh, steps: int, folder: Path) -> Pro
         model = open_model(config, Path(scratch), corpus, fresh=True)
     if config["input"]["tokenized"]:
         corpus = open_tokens(corpus, model.tokenizer)
-    batches, train_step, optimizer, like = open_training(config, corpus, model, mesh)
+    forms = choose_forms(config, model.config)
+    batches, train_step, optimizer, like = open_training(config, corpus, model, mesh, forms)
     with contextlib.closing(batches), jax.set_mesh(mesh):
         state = start_state(config, model, optimizer, like)
         batch = global_batch(next(batches), mesh)

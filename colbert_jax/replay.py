@@ -20,6 +20,7 @@ from colbert_jax import huggingface
 from colbert_jax.checkpoint import Checkpoints
 from colbert_jax.colbert import Params, make_embed
 from colbert_jax.errors import UserError, printable
+from colbert_jax.forms import Forms, choose_forms, untried
 from colbert_jax.huggingface import Model
 from colbert_jax.micro_batch import used_lengths
 from colbert_jax.not_finite import FACTS, read_batch, read_steps
@@ -79,9 +80,9 @@ def replay(config: ConfigDict, folder: str | Path) -> bool:
             f"--replay={folder} cannot be read ({FACTS} and its batches): give a folder that a run "
             "left in <workdir>/not_finite."
         ) from error
-    mesh = make_mesh(**plain["mesh"])
+    mesh, workdir = make_mesh(**plain["mesh"]), folder.parents[1]
     check_batch(plain, mesh)
-    model = huggingface.read_model(str(folder.parents[1] / "model"))
+    model = huggingface.read_model(str(workdir / "model"))
     like = abstract_state(
         model.config, optax.identity(), mesh, plain["loss"]["learn_temperature"]
     ).params
@@ -93,12 +94,13 @@ def replay(config: ConfigDict, folder: str | Path) -> bool:
         params = Checkpoints(folder).restore_params(like)
         wrong = [name for name, bad in _named(params) if bad]
         print(f"{folder}: {len(steps)} step(s), parameters not finite: {_some(wrong)}")
-        compute = make_compute(plain, model, mesh, sample)
+        forms = choose_forms(plain, model.config, workdir, keep=False)
+        compute = make_compute(plain, model, mesh, sample, forms)
         exact = None
         if plain["model"]["dtype"] != "float32":
-            settings = plain["model"] | {"dtype": "float32"}
-            exact = make_compute(plain | {"model": settings}, model, mesh, sample)
-        wrong_texts = make_wrong_texts(plain, model)
+            in_float32 = plain | {"model": plain["model"] | {"dtype": "float32"}}
+            exact = make_compute(in_float32, model, mesh, sample, untried(plain))
+        wrong_texts = make_wrong_texts(plain, model, forms)
         finite = True
         for step, (batch, rows) in zip(steps, batches, strict=True):
             found = compute(params, batch)
@@ -132,10 +134,14 @@ def _print_wrong(
 
 
 def make_compute(
-    config: dict[str, Any], model: Model, mesh: Mesh, sample: Mapping[str, np.ndarray]
+    config: dict[str, Any],
+    model: Model,
+    mesh: Mesh,
+    sample: Mapping[str, np.ndarray],
+    forms: Forms,
 ) -> Callable[[Params, Batch], Numbers]:
     """Makes the function to loss and gradient of a batch, as a step of the run has them."""
-    loss_fn = build_loss(config, model.config, sample)
+    loss_fn = build_loss(config, model.config, sample, forms)
 
     @jax.jit
     def numbers(params: Params, batch: Batch) -> tuple[Any, Any, Any]:
@@ -150,14 +156,14 @@ def make_compute(
 
 
 def make_wrong_texts(
-    config: dict[str, Any], model: Model
+    config: dict[str, Any], model: Model, forms: Forms
 ) -> Callable[[Params, Mapping[str, np.ndarray]], np.ndarray]:
     """Makes `wrong_texts(params, tokens)`: for each text whether its embeddings went wrong.
 
     That is, whether one that MaxSim may use is not finite, bool `[texts]`.
     """
     settings = config["model"]
-    embed = make_embed(model.config, settings["dtype"], attention=settings["attention"])
+    embed = make_embed(model.config, settings["dtype"], attention=forms.document_attention)
 
     @jax.jit
     def wrong(params: Params, ids: Any, attended: Any, scored: Any) -> Any:

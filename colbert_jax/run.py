@@ -24,6 +24,7 @@ from colbert_jax.data.pipeline import Batches, batches_per_epoch, make_batches
 from colbert_jax.errors import Interrupted, UserError
 from colbert_jax.evals import Evals, check_evals, open_collections
 from colbert_jax.export import export_run
+from colbert_jax.forms import Forms, choose_forms
 from colbert_jax.huggingface import Model
 from colbert_jax.interruption import LOCK_FILE, hold_workdir, stop_notice
 from colbert_jax.metric_log import MetricLog, draw_curves
@@ -99,8 +100,9 @@ def run_phase(
         corpus = open_tokens(corpus, model.tokenizer)
 
     # The batches, the model, the loss, the step.
-    batches, train_step, optimizer, like = open_training(plain, corpus, model, mesh)
-    embed = make_embed(model.config, config.model.dtype, attention=config.model.attention)
+    forms = choose_forms(plain, model.config, workdir)
+    batches, train_step, optimizer, like = open_training(plain, corpus, model, mesh, forms)
+    embed = make_embed(model.config, config.model.dtype, attention=forms.document_attention)
     with jax.set_mesh(mesh):
         if resumed is None:
             state = start_state(plain, model, optimizer, like)
@@ -180,7 +182,9 @@ class Training(NamedTuple):
     like: TrainState
 
 
-def open_training(config: dict[str, Any], corpus: Corpus, model: Model, mesh: Mesh) -> Training:
+def open_training(
+    config: dict[str, Any], corpus: Corpus, model: Model, mesh: Mesh, forms: Forms
+) -> Training:
     """The batches of a corpus, of text or of tokens, and the step that trains a model on them."""
     settings, encode = config["input"], make_encode(model.tokenizer)
     batches = make_batches(
@@ -197,7 +201,7 @@ def open_training(config: dict[str, Any], corpus: Corpus, model: Model, mesh: Me
     sample = None
     if config["model"]["lengths"] > 1:
         sample = sample_lengths(corpus.sources, encode, settings["max_documents"])
-    train_step, optimizer = build_step(config, model.config, sample)
+    train_step, optimizer = build_step(config, model.config, sample, forms)
     like = abstract_state(model.config, optimizer, mesh, config["loss"]["learn_temperature"])
     return Training(batches, train_step, optimizer, like)
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from colbert_jax import maxsim_gpu
+from colbert_jax.attention import AttentionForm
 from colbert_jax.checkpoint import Checkpoints
 from colbert_jax.colbert import (
     ColbertConfig,
@@ -27,8 +27,9 @@ from colbert_jax.colbert import (
 )
 from colbert_jax.cost import model_flops
 from colbert_jax.errors import UserError
+from colbert_jax.forms import Forms, untried
 from colbert_jax.losses import contrastive_loss, distillation_loss
-from colbert_jax.maxsim import maxsim_all_pairs, maxsim_candidates, maxsim_global
+from colbert_jax.maxsim import maxsim_candidates, maxsim_global
 from colbert_jax.metric_log import MetricLog
 from colbert_jax.micro_batch import Encode, fit_lengths, make_encode, used_lengths
 from colbert_jax.not_finite import Skipped, Watch, judge, none_skipped
@@ -75,6 +76,7 @@ def build_step(
     config: Mapping[str, Any],
     model: ColbertConfig,
     sample: Mapping[str, Any] | None = None,
+    forms: Forms | None = None,
 ) -> tuple[Callable[[TrainState, Batch], tuple[TrainState, Metrics]], optax.GradientTransformation]:
     """Builds the compiled training step of a run, and its optimiser.
 
@@ -83,8 +85,9 @@ def build_step(
       model: the model's shape.
       sample: lengths in tokens of some of its texts, "query" and "document", to fit the static
         lengths to; without, these are spread evenly.
+      forms: of attention and MaxSim, from `choose_forms`; without, nothing was tried.
     """
-    loss_fn = build_loss(config, model, sample)
+    loss_fn = build_loss(config, model, sample, forms)
     optimizer, schedule = build_optimizer(
         config["optimizer"],
         total_steps=config["total_steps"],
@@ -103,18 +106,16 @@ def build_loss(
     config: Mapping[str, Any],
     model: ColbertConfig,
     sample: Mapping[str, Any] | None = None,
+    forms: Forms | None = None,
 ) -> LossFn:
-    """Builds the function from parameters and a batch to the loss; arguments as `build_step`'s.
-
-    On a GPU it first times MaxSim, which takes seconds.
-    """
-    settings, loss = config["model"], config["loss"]
+    """Builds the function from parameters and a batch to the loss; arguments as `build_step`'s."""
+    settings, forms = config["model"], forms or untried(config)
     keep_products = settings["remat"] != "none"
-    embed = make_embed(
-        model, settings["dtype"], settings["scan_layers"], keep_products, settings["attention"]
-    )
 
-    def encode_of(side: str) -> Encode:
+    def encode_of(side: str, attention: AttentionForm) -> Encode:
+        embed = make_embed(
+            model, settings["dtype"], settings["scan_layers"], keep_products, attention
+        )
         lengths: int | tuple[int, ...] = settings["lengths"]
         if side == "query" and settings["do_query_expansion"]:
             lengths = 1  # all are of full length: others would be compiled and never used
@@ -123,20 +124,12 @@ def build_loss(
         recompute = settings["remat"] == "full"
         return make_encode(embed, settings["micro_batch"], lengths, recompute, settings["dtype"])
 
-    kernels = loss["kind"] == "contrastive" and maxsim_gpu.chosen(
-        maxsim_all_pairs,
-        settings["query_length"],
-        settings["document_length"],
-        model.embedding_size,
-        settings["dtype"],
-        loss["masked_similarity"],
-    )
     return make_loss_fn(
-        loss,
-        encode_of("query"),
-        encode_of("document"),
+        config["loss"],
+        encode_of("query", forms.query_attention),
+        encode_of("document", forms.document_attention),
         (lambda params: scanned_params(model, params)) if settings["scan_layers"] else None,
-        kernels,
+        forms.maxsim_kernels,
     )
 
 

@@ -110,7 +110,7 @@ SLOW = (
     *("test_modernbert", "test_cost", "test_evaluate_pylate", "test_consistency"),
     *("test_evaluate_program", "test_report_browser", "test_docs", "test_habits", "test_gke"),
     *("test_encode", "test_maxsim_mesh", "test_report", "test_corpora", "test_retriever"),
-    *("test_index", "test_pairs", "test_lookup", "test_examples"),
+    *("test_index", "test_pairs", "test_lookup", "test_examples", "test_forms"),
 )
 
 

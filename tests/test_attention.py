@@ -175,7 +175,7 @@ def test_gpu_takes_the_best_library_that_is_there_and_says_why(
 ) -> None:
     choose = attention._gpu_form.__wrapped__
     caplog.set_level("INFO", "colbert_jax")
-    assert choose(True) is attention._tokamax
+    assert choose(True) is attention._tokamax_if_it_can
     assert not caplog.messages
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
     assert choose(True) is attention._cudnn
@@ -191,7 +191,7 @@ def test_a_gpu_that_the_library_has_no_kernel_for_gets_plain_attention(
 
     caplog.set_level("INFO", "colbert_jax")
     monkeypatch.setattr(tokamax, "dot_product_attention", refuse)
-    run = functools.partial(of_form, attention._tokamax)
+    run = functools.partial(of_form, attention._tokamax_if_it_can)
     check(run, draw(3, 100), 30, jnp.dtype("float32"), 1e-5)
     assert "tokamax has no kernel" in caplog.text
 

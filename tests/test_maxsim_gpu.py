@@ -1,8 +1,6 @@
-"""MaxSim's kernels for GPU: their numbers, interpreted here, and when a run uses them."""
+"""MaxSim's kernels for GPU: their numbers, interpreted here, and those of a trial of them."""
 
 import functools
-import logging
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,14 +10,12 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec
-from test_ahead import tiny
 from test_maxsim_tpu import assert_close, draw, scores_and_gradients
 
+from colbert_jax import forms, maxsim_gpu, trial
 from colbert_jax import maxsim as maxsim_module
-from colbert_jax import maxsim_gpu, train
-from colbert_jax.ahead import model_config
 from colbert_jax.maxsim import maxsim_all_pairs, maxsim_all_pairs_reference, maxsim_global
-from colbert_jax.maxsim_gpu import Sizes, chosen
+from colbert_jax.maxsim_gpu import Sizes
 from colbert_jax.sharding import AXIS_RULES, global_batch, make_mesh
 
 KERNELS = ("maxsim_scores", "maxsim_into_documents", "maxsim_into_queries")
@@ -29,7 +25,6 @@ KERNELS = ("maxsim_scores", "maxsim_into_documents", "maxsim_into_queries")
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled for GPU."""
     monkeypatch.setattr(maxsim_module, "platform", lambda: "gpu")
-    monkeypatch.setattr(maxsim_gpu, "platform", lambda: "gpu")
 
 
 @pytest.fixture
@@ -200,45 +195,28 @@ def _equations(jaxpr: Any) -> list[Any]:
 # The trial.
 
 
-def trial(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    score: Callable[..., jax.Array] = maxsim_all_pairs,
-    masked: float | None = None,
-    seconds: tuple[float, float] = (1.0, 1.0),
-) -> tuple[bool, str]:
-    """The choice with these seconds for kernels and XLA, and what is logged of it."""
-    monkeypatch.setattr(maxsim_gpu, "TEXTS", (3, 5))
-    monkeypatch.setattr(maxsim_gpu, "_seconds", lambda run, kernels, *_: seconds[not kernels])
-    caplog.clear()
-    with caplog.at_level(logging.INFO, "colbert_jax"), jax.set_mesh(make_mesh(2, 2, 2)):
-        use = chosen(score, 4, 5, 8, "float32", masked)
-    (record,) = caplog.records
-    return use, record.getMessage()
+@pytest.fixture
+def few_texts(tiny_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a trial."""
+    monkeypatch.setattr(forms, "MAXSIM_TEXTS", (3, 5))
+    monkeypatch.setattr(trial, "CALLS", 1)
+    forms._maxsim_both_ways.clear_cache()  # other tests have compiled it for other backends
 
 
-@pytest.mark.usefixtures("tiny_tiles")
-def test_the_faster_form_is_chosen(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.usefixtures("few_texts")
+def test_a_trial_finds_the_same_numbers_by_kernels_and_by_xla() -> None:
+    runs = forms.maxsim_runs(4, 5, 8, "float32", None)
+    best, line = trial.fastest("MaxSim", runs)
+    assert best in ("xla", "kernels")
+    assert [name in line for name in ("xla", "kernels")] == [True, True]
+    assert line.count(" ms") == 2  # a form that fails has no time
+
+
+@pytest.mark.usefixtures("few_texts")
+@pytest.mark.parametrize("wrong", ["scores", "queries", "documents"])
+def test_kernels_with_other_scores_or_gradients_fail_their_trial(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = "for 3 x 5 texts"
-    assert trial(monkeypatch, caplog, seconds=(0.0012, 0.0034)) == (
-        True,
-        f"MaxSim by our kernels, 1.20 ms against XLA's 3.40 {texts}",
-    )
-    assert trial(monkeypatch, caplog, seconds=(0.0034, 0.0012)) == (
-        False,
-        f"MaxSim by XLA, since our kernels take 3.40 ms against its 1.20 {texts}",
-    )
-
-
-@pytest.mark.usefixtures("tiny_tiles")
-@pytest.mark.parametrize("wrong", [0, 1, 2])
-def test_kernels_with_other_numbers_are_not_used(
-    wrong: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Other scores, another gradient into queries, another into documents."""
-
     def steeper(x: jax.Array) -> jax.Array:
         """The same, with a tenth more gradient."""
         return x + 0.1 * (x - jax.lax.stop_gradient(x))
@@ -246,103 +224,25 @@ def test_kernels_with_other_numbers_are_not_used(
     def score(queries: jax.Array, documents: jax.Array, *others: Any) -> jax.Array:
         if not others[-1]:
             return maxsim_all_pairs(queries, documents, *others)
-        queries = steeper(queries) if wrong == 1 else queries
-        documents = steeper(documents) if wrong == 2 else documents
+        queries = steeper(queries) if wrong == "queries" else queries
+        documents = steeper(documents) if wrong == "documents" else documents
         scores = maxsim_all_pairs(queries, documents, *others)
-        return scores + (0.1 * jax.lax.stop_gradient(scores) if wrong == 0 else 0.0)
+        return scores + (0.1 * jax.lax.stop_gradient(scores) if wrong == "scores" else 0.0)
 
-    assert trial(monkeypatch, caplog, score, seconds=(0.0, 1.0)) == (
-        False,
-        "MaxSim by XLA, since our kernels give other numbers here",
-    )
+    monkeypatch.setattr(forms, "maxsim_all_pairs", score)
+    best, line = trial.fastest("MaxSim", forms.maxsim_runs(4, 5, 8, "float32", None))
+    assert best == "xla"
+    assert line.endswith("kernels gives other numbers here")
 
 
-@pytest.mark.usefixtures("gpu")
-def test_kernels_that_do_not_compile_are_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.usefixtures("gpu", "few_texts")
+def test_kernels_that_do_not_compile_fail_their_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU they do not, unless they are interpreted."""
-    score = functools.partial(maxsim_all_pairs)  # one that no other test has compiled
-    use, line = trial(monkeypatch, caplog, score, seconds=(0.0, 1.0))
-    assert not use
-    assert line.startswith("MaxSim by XLA, since our kernels do not run here (ValueError: ")
-    assert "interpret mode" in line
-
-
-@pytest.mark.usefixtures("gpu")
-def test_what_kernels_do_not_take_is_not_tried(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    line = "MaxSim by XLA, since our kernels do not take what the run has"
-    assert trial(monkeypatch, caplog, None, masked=-0.5) == (False, line)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("kind", ["cpu", "tpu"])
-def test_nothing_is_tried_but_on_a_gpu(
-    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(maxsim_gpu, "platform", lambda: kind)
-    with caplog.at_level(logging.INFO, "colbert_jax"):
-        assert not chosen(None, 4, 5, 8, "float32", None)  # type: ignore[arg-type]
-    assert not caplog.records
-
-
-@pytest.mark.usefixtures("tiny_tiles")
-@pytest.mark.parametrize("host", [0, 1])
-def test_on_several_hosts_the_first_ones_choice_counts(
-    host: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    asked = []
-
-    def of_the_first(value: np.ndarray) -> np.ndarray:
-        asked.append(bool(value))
-        return np.asarray(True)
-
-    monkeypatch.setattr(maxsim_gpu.multihost_utils, "broadcast_one_to_all", of_the_first)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "process_index", lambda: host)
-    monkeypatch.setattr(maxsim_gpu, "_trial", lambda run, inputs: (False, "MaxSim by XLA"))
-    monkeypatch.setattr(maxsim_gpu, "TEXTS", (3, 5))
-    with caplog.at_level(logging.INFO, "colbert_jax"):
-        assert chosen(maxsim_all_pairs, 4, 5, 8, "float32", None)
-    assert asked == [False]
-    assert len(caplog.records) == (host == 0)
-
-
-def test_calls_are_timed_by_their_median_after_two_that_warm_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    took = iter([90, 80, 1, 5, 2, 4, 70])
-    clock = [0.0]
-    monkeypatch.setattr(maxsim_gpu.time, "perf_counter", lambda: clock[0])
-
-    def run(given: int) -> int:
-        clock[0] += next(took)
-        return given
-
-    assert maxsim_gpu._seconds(run, 1) == 4
-    assert next(took, None) is None
-
-
-@pytest.mark.parametrize("use", [True, False])
-@pytest.mark.parametrize("kind", ["contrastive", "distillation"])
-def test_a_loss_is_built_with_the_choice_for_the_runs_lengths(
-    use: bool, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Distillation scores each query's candidates only, which XLA does."""
-    asked, given = [], []
-
-    def choose(*arguments: Any) -> bool:
-        asked.append(arguments)
-        return use
-
-    monkeypatch.setattr(train.maxsim_gpu, "chosen", choose)
-    monkeypatch.setattr(train, "make_loss_fn", lambda *arguments: given.append(arguments[-1]))
-    config = tiny()
-    config["loss"]["kind"] = kind
-    train.build_loss(config, model_config(config))
-    if kind == "distillation":
-        assert (asked, given) == ([], [False])
-        return
-    assert asked == [(maxsim_all_pairs, 8, 16, 16, "bfloat16", None)]
-    assert given == [use]
+    monkeypatch.setattr(
+        pl,
+        "pallas_call",
+        functools.partial(pl.pallas_call.func, interpret=False),  # type: ignore[attr-defined]
+    )
+    best, line = trial.fastest("MaxSim", forms.maxsim_runs(4, 5, 8, "float32", None))
+    assert best == "xla"
+    assert "kernels does not run here (ValueError: " in line and "interpret mode" in line
