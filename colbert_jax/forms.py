@@ -148,6 +148,7 @@ def _conditions(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "device": jax.local_devices()[0].device_kind,
         "tensor": config["mesh"]["tensor"],
+        "masked_similarity": config["loss"]["masked_similarity"],
         **{name: config["model"][name] for name in ("dtype", "micro_batch")},
         **{name: _version(name) for name in LIBRARIES},
     }

@@ -169,7 +169,7 @@ def test_what_does_not_fit_ends_with_status_1_and_advice(
 
     step = SimpleNamespace(lower=lambda *_: Lowered())
     optimizer = ahead.build_step(tiny(), model_config(tiny()))[1]
-    monkeypatch.setattr(ahead, "build_step", lambda *_: (step, optimizer))
+    monkeypatch.setattr(ahead, "build_step", lambda *_, **__: (step, optimizer))
     status = compile_ahead(config_of("quickstart", **{"mesh.data": 2}), "local")
     output, said = capsys.readouterr().out, caplog.text
     assert status == 1 and "DOES NOT FIT" in output and "19.71 GiB" in output
@@ -272,7 +272,7 @@ def test_other_failures_of_xla_are_bugs(monkeypatch: pytest.MonkeyPatch) -> None
     lowered = SimpleNamespace(compile=fail)
     optimizer = ahead.build_step(tiny(), model_config(tiny()))[1]
     step = SimpleNamespace(lower=lambda *_: lowered)
-    monkeypatch.setattr(ahead, "build_step", lambda *_: (step, optimizer))
+    monkeypatch.setattr(ahead, "build_step", lambda *_, **__: (step, optimizer))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         report_of(tiny())
 
