@@ -46,7 +46,12 @@ AttentionForm = str | ByReach  # a name counts for all layers
 # From this many window reaches on, XLA computes local layers in blocks. On CPU measured, forward
 # and backward; on TPU by XLA's own estimate for v5e, by which blocks cost more than they save
 # before. docs/performance.md has the figures.
-BANDED_FROM = {"cpu": 4, "gpu": 4, "tpu": 16}
+BANDED_FROM = {"cpu": 6, "gpu": 4, "tpu": 16}
+
+# From this many tokens on, CPUs compute a few texts at a time, of about so many logits (3 MiB),
+# which then stay in their caches from one operation to the next. Both measured.
+PARTS_FROM = 128
+LOGITS_OF_PART = 3 * 2**18
 
 # From this many tokens on, TPUs get the kernel. Below, by the same estimate, moving heads to where
 # it wants them and filling up its tiles costs more than the logits that it spares memory.
@@ -86,12 +91,13 @@ def attend(
     if isinstance(attention, ByReach):
         attention = attention.everywhere if reach is None else attention.local
     form = _named_form(attention, query.shape[1], query.dtype, reach)
+    if form is None and platform() == "cpu" and query.shape[1] >= PARTS_FROM:
+        form = _in_parts
     if form is None:
-        in_blocks = reach and query.shape[1] >= BANDED_FROM[platform()] * reach
-        form = _banded if in_blocks else _plain
-        gathered = form(query, key, value, attention_mask, reach)
+        gathered = _by_xla(query, key, value, attention_mask, reach)
     else:
-        # A kernel is not split by the compiler: each device runs its own, on its texts and heads.
+        # Neither a kernel nor a loop over texts is split by the compiler: each device runs its own,
+        # on its texts and heads.
         axes = ("batch", "seq", "heads", None)
         gathered = on_each_device(
             functools.partial(form, reach=reach), (axes, axes, axes, ("batch", "seq")), axes
@@ -116,6 +122,28 @@ def _visible(attention_mask, reach):
         return mask
     position = jnp.arange(attention_mask.shape[1])
     return mask & (jnp.abs(position[:, None] - position) <= reach)
+
+
+def _by_xla(query, key, value, attention_mask, reach):
+    in_blocks = reach and query.shape[1] >= BANDED_FROM[platform()] * reach
+    form = _banded if in_blocks else _plain
+    return form(query, key, value, attention_mask, reach)
+
+
+def _in_parts(query, key, value, attention_mask, reach):
+    """As `_by_xla`, a few texts after the other, backward too.
+
+    Left to XLA, each operation on the logits of all texts, of which a softmax has several, fetches
+    them from memory and writes them there.
+    """
+    count, length, heads, _ = query.shape
+    most = max(round(LOGITS_OF_PART / (heads * length**2)), 1)
+    size = next(size for size in range(min(most, count), 0, -1) if count % size == 0)
+    arrays = (query, key, value, attention_mask)
+    parts = tuple(x.reshape(count // size, size, *x.shape[1:]) for x in arrays)
+    # The backward pass gets no logits either: it finds those of each part again.
+    attended = jax.lax.map(jax.checkpoint(lambda part: _by_xla(*part, reach=reach)), parts)
+    return attended.reshape(query.shape)
 
 
 def _plain(query, key, value, attention_mask, reach):

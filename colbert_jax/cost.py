@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Num
 
 from colbert_jax import maxsim_tpu
-from colbert_jax.attention import BANDED_FROM, SPLASH_FROM
+from colbert_jax.attention import BANDED_FROM, PARTS_FROM, SPLASH_FROM
 from colbert_jax.colbert import ColbertConfig, param_shapes
 from colbert_jax.maxsim import KEPT_WINNERS, TILE_SIMILARITIES
 
@@ -238,8 +238,8 @@ def encoder_work(
     Bytes, an estimate: a layer's arrays are written once and read once in the forward pass, and
     twice as much happens in the backward pass. For each token these are qkv, rotated queries and
     keys, attended, out, residuals and norms (11 E), gate, up and their product (3 F), and, where
-    attention is not fused, logits in float32 and weights. Parameters are read (float32) by each
-    pass over each micro-batch, and where there are several, the sum of gradients is read and
+    they do not stay on the chip, logits in float32 and weights. Parameters are read (float32) by
+    each pass over each micro-batch, and where there are several, the sum of gradients is read and
     written and the new part written.
 
     Args:
@@ -252,15 +252,16 @@ def encoder_work(
     """
     encoder, attention = model.encoder, settings["attention"]
     in_blocks = length >= blocks_from(model, platform, attention)
-    fused = (
-        attention == "auto" and {"cpu": False, "gpu": True, "tpu": length >= SPLASH_FROM}[platform]
-    )
+    if platform == "cpu":
+        on_chip = length >= PARTS_FROM
+    else:
+        on_chip = attention == "auto" and (platform == "gpu" or length >= SPLASH_FROM)
     forward = forward_flops(model, texts, length, in_blocks)
     again = recomputed_flops(model, texts, length, settings, lengths, in_blocks)
     passes = 3 + (1 if again >= forward else 0)
     item = jnp.dtype(settings["dtype"]).itemsize
     values = 11 * encoder.hidden_size + 3 * encoder.intermediate_size
-    logits = 0.0 if fused else encoder.num_attention_heads * logits_of(model, length, in_blocks)
+    logits = 0.0 if on_chip else encoder.num_attention_heads * logits_of(model, length, in_blocks)
     each = encoder.num_hidden_layers * length * values * item + logits * (4 + item)
     activations = texts * 2.0 * each * passes
     parts = math.ceil(texts / min(settings["micro_batch"] or texts, texts))

@@ -79,11 +79,15 @@ Angles = tuple[Float[Array, "T K"], Float[Array, "T K"]]  # cosines and sines of
 
 
 def rotary_angles(length: int, head_size: int, theta: float) -> Angles:
-    """Cosines and sines of the rotary position embedding, in float32 (arXiv 2104.09864)."""
-    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles), jnp.sin(angles)
+    """Cosines and sines of the rotary position embedding, in float32 (arXiv 2104.09864).
+
+    Constants of the program: XLA for CPU would put what computes them into each operation that
+    rotates, and find them again for every text and head.
+    """
+    frequencies = np.float32(theta) ** (-np.arange(0, head_size, 2, dtype=np.float32) / head_size)
+    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
+    angles = np.concatenate([angles, angles], axis=-1)
+    return jnp.asarray(np.cos(angles)), jnp.asarray(np.sin(angles))
 
 
 def rotate(

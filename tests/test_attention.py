@@ -101,7 +101,7 @@ def test_masks_with_holes_and_tiles_that_see_nothing(form: str) -> None:
     check(run, draw(3, 300, holes=True), 9, jnp.dtype("float32"), 1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 8, 9, 40, 64, 65])
+@pytest.mark.parametrize("length", [1, 8, 9, 40, 47, 48, 65])
 def test_long_texts_are_computed_in_blocks_and_short_ones_whole(
     length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +112,42 @@ def test_long_texts_are_computed_in_blocks_and_short_ones_whole(
             attention, name, lambda *a, real=real, name=name: (used.append(name), real(*a))[1]
         )
     check(attend, draw(3, length), 8, jnp.dtype("float32"), 1e-5)
-    assert set(used) == {"_banded" if length >= 32 else "_plain"}
+    assert set(used) == {"_banded" if length >= 48 else "_plain"}
+
+
+@pytest.mark.parametrize("reach", [None, 64, 20])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cpus_get_the_same_numbers_a_few_texts_at_a_time(reach: int | None, dtype: str) -> None:
+    """Parts of 2, 1 and 3 texts; windows as a mask and in blocks."""
+    for length, batch in ((187, 8), (300, 3), (128, 9)):
+        arrays = draw(batch, length)
+        check(attend, arrays, reach, jnp.dtype(dtype), DTYPES[dtype])
+
+
+def test_parts_are_whole_and_as_large_as_their_logits_may_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    plain = attention._plain
+
+    def noting(query: jax.Array, *rest: Any) -> jax.Array:
+        seen.append(len(query))
+        return plain(query, *rest)
+
+    monkeypatch.setattr(attention, "_plain", noting)
+    for batch in (1, 7, 32, 48):  # of some 20 KiB of logits each
+        monkeypatch.setattr(attention, "LOGITS_OF_PART", 9 * HEADS * 130**2)
+        query, key, value, mask = draw(max(batch, 2), 130)
+        attend(query[:batch], key[:batch], value[:batch], jnp.asarray(mask[:batch]))
+    assert seen == [1, 7, 8, 8]
+
+
+@pytest.mark.parametrize("length", [127, 128])
+def test_the_backward_pass_is_handed_no_logits_of_long_texts(length: int) -> None:
+    query, key, value, mask = draw(64, length)
+    _, back = jax.vjp(lambda *x: attend(*x, jnp.asarray(mask)), query, key, value)
+    kept = sum(x.size for x in jax.tree.leaves(back))
+    assert (kept < 6 * query.size) == (length >= 128)
 
 
 def test_blocks_cost_no_more_than_linear_in_the_length() -> None:

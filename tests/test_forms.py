@@ -312,7 +312,9 @@ def test_a_loss_computes_by_the_chosen_forms_with_the_same_numbers(
     # The encoder's only layer looks at the whole text.
     assert set(libraries_by_xla) == {"cudnn"}
     np.testing.assert_allclose(loss, plain[0][0], rtol=1e-5)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), gradients, plain[1])
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(plain[1]))
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6 * largest)
+    jax.tree.map(close, gradients, plain[1])
 
 
 def test_a_run_its_replay_and_the_run_that_goes_on_compute_by_what_was_found_first(
