@@ -141,9 +141,12 @@ def _in_parts(query, key, value, attention_mask, reach):
     size = next(size for size in range(min(most, count), 0, -1) if count % size == 0)
     arrays = (query, key, value, attention_mask)
     parts = tuple(x.reshape(count // size, size, *x.shape[1:]) for x in arrays)
-    # The backward pass gets no logits either: it finds those of each part again.
-    attended = jax.lax.map(jax.checkpoint(lambda part: _by_xla(*part, reach=reach)), parts)
-    return attended.reshape(query.shape)
+
+    @jax.checkpoint  # the backward pass is handed no logits either: it finds those of a part again
+    def attend_part(part):
+        return _by_xla(*part, reach)
+
+    return jax.lax.map(attend_part, parts).reshape(query.shape)
 
 
 def _plain(query, key, value, attention_mask, reach):
