@@ -144,7 +144,8 @@ def _in_parts(query, key, value, attention_mask, reach):
 
     @jax.checkpoint  # the backward pass is handed no logits either: it finds those of a part again
     def attend_part(part):
-        return _by_xla(*part, reach)
+        query, key, value, attention_mask = part
+        return _by_xla(query, key, value, attention_mask, reach)
 
     return jax.lax.map(attend_part, parts).reshape(query.shape)
 
