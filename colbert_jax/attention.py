@@ -25,12 +25,9 @@ logger = logging.getLogger(__name__)
 # has one for the length, and plain XLA elsewhere; "xla" never uses a kernel.
 ATTENTION = ("auto", "xla")
 
-# What a GPU may compute it by, beside "xla"; `forms.py` finds out which is best.
-GPU_KERNELS = ("tokamax", "cudnn")
-
 
 class ByReach(NamedTuple):
-    """Forms by name, "xla" or of `GPU_KERNELS`, for the two kinds of layers.
+    """Names out of `GPU_FORMS` for the two kinds of layers.
 
     Attributes:
       everywhere: for layers that look at the whole text, or have a window that holds it.
@@ -86,8 +83,7 @@ def attend(
     Returns:
       `gathered[batch, token, head, head_size]` in the dtype of `value`.
     """
-    if reach is not None and query.shape[1] <= reach + 1:
-        reach = None  # the window holds the whole text
+    reach = needed_reach(query.shape[1], reach)
     if isinstance(attention, ByReach):
         attention = attention.everywhere if reach is None else attention.local
     form = _named_form(attention, query.shape[1], query.dtype, reach)
@@ -103,6 +99,11 @@ def attend(
             functools.partial(form, reach=reach), (axes, axes, axes, ("batch", "seq")), axes
         )(query, key, value, attention_mask)
     return jnp.where(_sees_any(attention_mask, reach)[:, :, None, None], gathered, 0)
+
+
+def needed_reach(length: int, reach: int | None) -> int | None:
+    """The reach of a window over texts of a length; None where it holds the whole text."""
+    return None if reach is None or length <= reach + 1 else reach
 
 
 def _sees_any(attention_mask: Bool[Array, "B T"], reach: int | None) -> Bool[Array, "B #T"]:
@@ -198,10 +199,10 @@ def _softmax(logits, mask):
 
 
 def _named_form(name: str, length: int, dtype: jnp.dtype, reach: int | None) -> Form | None:
-    """A form by name; None for plain XLA."""
+    """A form by its name in `ATTENTION` or `GPU_FORMS`; None for plain XLA."""
     if name == "auto":
         return _best_form(length, dtype, reach)
-    return {"xla": None, "tokamax": _tokamax, "cudnn": _cudnn}[name]
+    return GPU_FORMS[name]
 
 
 def _best_form(length: int, dtype: jnp.dtype, reach: int | None) -> Form | None:
@@ -268,6 +269,10 @@ def _cudnn(query, key, value, attention_mask, reach):
     )
     attended = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
     return attended[:, :length]
+
+
+# What a GPU may compute attention by; `forms.py` finds out which is best. None is plain XLA.
+GPU_FORMS: dict[str, Form | None] = {"xla": None, "tokamax": _tokamax, "cudnn": _cudnn}
 
 
 def _pad_tokens(multiple, *arrays):

@@ -8,7 +8,6 @@ has to round as it did before.
 """
 
 import functools
-import importlib.metadata
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -20,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from colbert_jax.attention import GPU_KERNELS, AttentionForm, ByReach, attend
+from colbert_jax.attention import GPU_FORMS, AttentionForm, ByReach, attend, needed_reach
 from colbert_jax.colbert import ColbertConfig
 from colbert_jax.maxsim import maxsim_all_pairs
 from colbert_jax.maxsim_kernels import takes
 from colbert_jax.results import write_json
+from colbert_jax.sessions import package_version
 from colbert_jax.sharding import make_mesh, platform
 from colbert_jax.trial import fastest
 
@@ -34,6 +34,7 @@ FORMS_FILE = "forms.json"
 LIBRARIES = ("jaxlib", "tokamax")
 
 MAXSIM = "MaxSim"
+MAXSIM_FORMS = ("xla", "kernels")
 MAXSIM_TEXTS = (64, 1024)  # queries and documents of its trial
 MOST_LOGITS = 2**28  # of attention's: 1 GiB where they are written to memory
 
@@ -86,8 +87,13 @@ def choose_forms(
         device for the same settings.
       keep: whether the folder is to keep what is found now.
     """
+    if not _gpu_at_hand():
+        return untried(config)
     trials = _trials(config, model)
-    if not trials or not _gpu_at_hand():
+    not_taken = config["loss"]["kind"] == "contrastive" and MAXSIM not in trials
+    if not_taken and jax.process_index() == 0:
+        logger.info("MaxSim by XLA, since our kernels do not take what the run has")
+    if not trials:
         return untried(config)
     found = np.zeros(len(trials), np.int32)
     if jax.process_index() == 0:
@@ -150,15 +156,8 @@ def _conditions(config: Mapping[str, Any]) -> dict[str, Any]:
         "tensor": config["mesh"]["tensor"],
         "masked_similarity": config["loss"]["masked_similarity"],
         **{name: config["model"][name] for name in ("dtype", "micro_batch")},
-        **{name: _version(name) for name in LIBRARIES},
+        **{name: package_version(name) for name in LIBRARIES},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _trials(config: Mapping[str, Any], model: ColbertConfig) -> dict[str, Trial]:
@@ -170,11 +169,11 @@ def _trials(config: Mapping[str, Any], model: ColbertConfig) -> dict[str, Trial]
         for length in lengths:
             for reach in _reaches(model, length):
                 prepare = functools.partial(_attention_runs, config, model, length, reach)
-                trials[_attention_to(length, reach)] = Trial(("xla", *GPU_KERNELS), prepare)
+                trials[_attention_to(length, reach)] = Trial(tuple(GPU_FORMS), prepare)
     dtype, masked = jnp.dtype(settings["dtype"]), loss["masked_similarity"]
     if loss["kind"] == "contrastive" and takes(dtype, dtype, masked):
         prepare = functools.partial(maxsim_runs, *lengths, model.embedding_size, dtype, masked)
-        trials[MAXSIM] = Trial(("xla", "kernels"), prepare)
+        trials[MAXSIM] = Trial(MAXSIM_FORMS, prepare)
     return trials
 
 
@@ -189,8 +188,8 @@ def _attention_to(length: int, reach: int | None) -> str:
 
 def _reaches(model: ColbertConfig, length: int) -> list[int | None]:
     """Of the layers: all of a text, and a window, unless that holds all of it."""
-    reach = model.encoder.local_attention // 2
-    return [None] if length <= reach + 1 else [None, reach]
+    reach = needed_reach(length, model.encoder.local_attention // 2)
+    return [None] if reach is None else [None, reach]
 
 
 def _attention_runs(
@@ -206,9 +205,9 @@ def _attention_runs(
     arrays = [jax.random.normal(key, shape, dtype) for key in keys]
     # Padding, as texts have it: the shortest is half as long as the longest.
     mask = jnp.arange(length) < jnp.linspace(length / 2, length, texts)[:, None]
-    names = ("xla", *GPU_KERNELS)
     return {
-        name: functools.partial(_attention_both_ways, name, reach, *arrays, mask) for name in names
+        name: functools.partial(_attention_both_ways, name, reach, *arrays, mask)
+        for name in GPU_FORMS
     }
 
 
@@ -254,7 +253,7 @@ def maxsim_runs(
     inputs = (*embeddings, *masks, weights)
     return {
         name: functools.partial(_maxsim_both_ways, masked_similarity, name == "kernels", *inputs)
-        for name in ("xla", "kernels")
+        for name in MAXSIM_FORMS
     }
 
 

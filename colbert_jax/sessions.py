@@ -40,7 +40,7 @@ def note_session(
         "peak_flops_source": peak.source,
         "processes": jax.process_count(),
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": {name: version for name in PACKAGES if (version := package_version(name))},
     }
     before = read_sessions(workdir) if first_step else []
     write_json(workdir / "run.json", {"sessions": [*before, session], **facts})
@@ -55,7 +55,8 @@ def read_sessions(workdir: Path) -> list[dict[str, Any]]:
     return sessions if isinstance(sessions, list) else []
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """Of an installed package; None if it is not there."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # some vendors' builds go by another name

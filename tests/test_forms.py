@@ -84,13 +84,18 @@ def test_attention_that_the_config_names_is_not_tried(gpu: list[str]) -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("kind", "distillation"), ("masked_similarity", -0.5)])
 def test_maxsim_that_kernels_do_not_compute_is_not_tried(
-    key: str, value: Any, gpu: list[str]
+    key: str, value: Any, gpu: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Distillation scores each query's candidates only."""
+    """Distillation scores each query's candidates only, and misses no kernels."""
     config = config_of()
     config["loss"][key] = value
-    assert choose(config) == FOUND._replace(maxsim_kernels=False)
+    with caplog.at_level(logging.INFO, "colbert_jax"):
+        assert choose(config) == FOUND._replace(maxsim_kernels=False)
+        config["model"]["attention"] = "xla"
+        assert choose(config) == untried(config)
     assert "MaxSim" not in gpu
+    line = "MaxSim by XLA, since our kernels do not take what the run has"
+    assert caplog.messages.count(line) == (2 if key == "masked_similarity" else 0)
 
 
 @pytest.mark.parametrize(("compiled_for", "here"), [("cpu", "cpu"), ("tpu", "gpu"), ("gpu", "cpu")])
@@ -138,7 +143,7 @@ def test_a_run_that_goes_on_computes_as_it_began(
 
 
 def another_version(monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]) -> None:
-    monkeypatch.setattr(forms, "_version", lambda package: "0.0.1")
+    monkeypatch.setattr(forms, "package_version", lambda package: "0.0.1")
 
 
 def another_dtype(monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]) -> None:
