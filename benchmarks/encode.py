@@ -36,6 +36,7 @@ from harness import (
     Worker,
     check_platforms,
     find_peer,
+    in_seconds,
     make_row,
     measure,
     positive,
@@ -159,7 +160,7 @@ def print_table(result: dict[str, Any]) -> None:
         share = row.get("real_token_share")
         print(
             f"{row['name']:16}"
-            + "".join(f"{x:12.3f}" for x in seconds)
+            + "".join(f"{in_seconds(x):>12}" for x in seconds)
             + f"{row['documents_per_second']:12.1f}{row['tokens_per_second']:12,.0f}"
             + f"{'' if share is None else f'{share:.0%}':>12}"
             + f"{(row['peak_memory_bytes'] or 0) / 2**20:12,.0f}"

@@ -287,6 +287,11 @@ def ratios_of(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     return ratios
 
 
+def in_seconds(duration: float) -> str:
+    """A duration for a table: milliseconds, and three digits of what takes only a few of them."""
+    return f"{duration:.3f}" if duration >= 0.1 else f"{duration:.3g}"
+
+
 def print_table(result: dict[str, Any]) -> None:
     """The report for people."""
     print(f"{'':16}{'median s':>10}{'min':>9}{'max':>9}{'pairs/s':>10}{'peak MB':>10}")
@@ -294,9 +299,9 @@ def print_table(result: dict[str, Any]) -> None:
         if not row.get("seconds"):
             print(f"{row['name']:16}{row.get('error') or 'compiled only'}")
             continue
-        low, high = row["spread"]
+        median, low, high = map(in_seconds, (row["seconds"], *row["spread"]))
         print(
-            f"{row['name']:16}{row['seconds']:10.3f}{low:9.3f}{high:9.3f}"
+            f"{row['name']:16}{median:>10}{low:>9}{high:>9}"
             f"{row['pairs_per_second']:10.1f}{(row['peak_memory_bytes'] or 0) / 2**20:10,.0f}"
         )
     print()

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from harness import Parser, not_negative, note, positive, run_program
+from harness import Parser, in_seconds, not_negative, note, positive, run_program
 from transformers import PreTrainedTokenizerFast
 
 from colbert_jax.data.corpora import file_builder
@@ -172,9 +172,9 @@ def print_table(result: dict[str, Any]) -> None:
     """The report for people."""
     print(f"{'':10}{'median s':>10}{'min':>9}{'max':>9}{'pairs/s':>12}{'tokens/s':>14}")
     for row in result["rows"]:
-        low, high = row["spread"]
+        median, low, high = map(in_seconds, (row["seconds"], *row["spread"]))
         print(
-            f"{row['name']:10}{row['seconds']:10.3f}{low:9.3f}{high:9.3f}"
+            f"{row['name']:10}{median:>10}{low:>9}{high:>9}"
             f"{row['pairs_per_second']:12,.0f}{row['tokens_per_second']:14,.0f}"
         )
 

@@ -100,6 +100,31 @@ def test_a_wrong_argument_gives_one_sentence_and_status_2(name: str, flag: str, 
     assert line.startswith("error: ") and said in line
 
 
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (151.2, "151.200"),
+        (4.8404, "4.840"),
+        (0.1, "0.100"),
+        (0.0213, "0.0213"),
+        (0.00043931, "0.000439"),
+        (0.000043931, "4.39e-05"),
+    ],
+)
+def test_a_table_shows_no_duration_as_nothing(
+    seconds: float,
+    shown: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "harness.py"))
+    row = {"name": "ours", "seconds": seconds, "spread": [seconds, seconds]}
+    row |= {"pairs_per_second": 1 / seconds, "peak_memory_bytes": 2**20}
+    tables["print_table"]({"rows": [row], "ratios": {}})
+    assert capsys.readouterr().out.splitlines()[1].split()[1:4] == [shown] * 3
+
+
 # --- encode.py ---
 
 
