@@ -23,6 +23,7 @@ from colbert_jax.colbert import make_embed
 from colbert_jax.forms import choose_forms, maxsim_runs
 from colbert_jax.retrieval.encode import Encoder
 from colbert_jax.sharding import global_batch, make_mesh
+from colbert_jax.train_state import abstract_state, place_state
 from colbert_jax.trial import fastest
 from colbert_jax.xla_flags import find_platform, set_flags
 
@@ -107,13 +108,13 @@ class Step(OnDevice):
         self.mesh = make_mesh(devices=jax.devices()[:1])
         batch = global_batch(read_batch(setup["inputs"]), self.mesh)
         with jax.set_mesh(self.mesh), naive_maxsim() if setup["naive"] else nullcontext():
-            state = train.abstract_state(model.config, optimizer, self.mesh)
+            state = abstract_state(model.config, optimizer, self.mesh)
             self.program = self.compile(step, state, batch)
             if setup["naive"]:
                 return  # only its memory is asked for
             weights = huggingface.read_weights(setup["folder"], model, seed=0)
             params = {"model": weights, "loss": {}}
-            self.batch, self.state = batch, train.place_state(params, optimizer, state)
+            self.batch, self.state = batch, place_state(params, optimizer, state)
 
     def run(self) -> dict[str, float]:
         """Forward, backward, update."""

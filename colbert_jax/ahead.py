@@ -38,11 +38,11 @@ from colbert_jax.sharding import make_mesh
 from colbert_jax.start import is_run, new_shape
 from colbert_jax.train import (
     abstract_batch,
-    abstract_state,
     build_step,
     check_batch,
     collect_later,
 )
+from colbert_jax.train_state import abstract_state
 
 logger = logging.getLogger(__name__)
 

@@ -35,10 +35,10 @@ from colbert_jax.train import (
     Batch,
     BatchIterator,
     Metrics,
-    TrainState,
     check_batch,
     collect_later,
 )
+from colbert_jax.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from colbert_jax.not_finite import FACTS, read_batch, read_steps
 from colbert_jax.retrieval.encode import pad_rows
 from colbert_jax.run import check_settings, keep_compiled
 from colbert_jax.sharding import global_batch, make_mesh
-from colbert_jax.train import Batch, abstract_state, build_loss, check_batch
+from colbert_jax.train import Batch, build_loss, check_batch
+from colbert_jax.train_state import abstract_state
 
 STILL_WRONG_STATUS = 1
 SHOWN = 5  # texts and parameters that are named

@@ -27,6 +27,7 @@ from colbert_jax.export import export_run
 from colbert_jax.forms import Forms, choose_forms
 from colbert_jax.huggingface import Model
 from colbert_jax.interruption import LOCK_FILE, hold_workdir, stop_notice
+from colbert_jax.meter import Meter
 from colbert_jax.metric_log import MetricLog, draw_curves
 from colbert_jax.not_finite import FOLDER, NotFinite, keep_steps
 from colbert_jax.rates import Rates, peak_rates
@@ -39,14 +40,11 @@ from colbert_jax.train import (
     REMAT,
     Batch,
     Metrics,
-    TrainState,
-    abstract_state,
     build_step,
     check_batch,
-    restore_state,
-    save_state,
     train,
 )
+from colbert_jax.train_state import TrainState, abstract_state, restore_state, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +114,11 @@ def run_phase(
         if int(state.step) < config.total_steps:
             note_session(workdir, resumed or 0, mesh.size, peak, facts)
 
-        # How well it ranks, before, during and after.
         log = MetricLog(workdir, resume_step=resumed)
+        flops = peak.flops * mesh.size
+        meter = Meter(log, config.log_every_steps, config.total_steps, flops)
+
+        # How well it ranks, before, during and after.
         encodes = (embed, model.tokenizer, mesh)
         evals = Evals(plain["evals"], collections, encodes, workdir, log, resumed is not None)
         if int(state.step) < config.total_steps:
@@ -136,13 +137,10 @@ def run_phase(
                 state,
                 train_step,
                 batches,
+                plain,
                 mesh=mesh,
-                total_steps=config.total_steps,
-                peak_flops=peak.flops * mesh.size,
-                log_every_steps=config.log_every_steps,
-                log=log,
+                meter=meter,
                 checkpoints=checkpoints,
-                config=plain,
                 evaluate=evaluate,
                 asked_to_stop=asked_to_stop,
             )

@@ -20,7 +20,7 @@ from colbert_jax.huggingface import Model
 from colbert_jax.modernbert import ModernBertConfig
 from colbert_jax.sharding import replicated
 from colbert_jax.tokenization import ColbertTokenizer, TokenizationConfig, train_tokenizer
-from colbert_jax.train import TrainState, init_state, place_state
+from colbert_jax.train_state import TrainState, init_state, place_state
 
 logger = logging.getLogger(__name__)
 

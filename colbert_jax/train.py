@@ -1,19 +1,15 @@
-"""Training: the state, the step, the loop. Phases differ by config, data and loss only."""
+"""Training: a batch's loss, the step, the loop. Phases differ by config, data and loss only."""
 
 import contextlib
-import dataclasses
 import gc
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
-from tqdm import tqdm
+from jaxtyping import Array, Float
 
 from colbert_jax.attention import AttentionForm
 from colbert_jax.checkpoint import Checkpoints
@@ -21,8 +17,6 @@ from colbert_jax.colbert import (
     ColbertConfig,
     Params,
     make_embed,
-    param_axes,
-    param_shapes,
     scanned_params,
 )
 from colbert_jax.cost import model_flops
@@ -30,18 +24,17 @@ from colbert_jax.errors import UserError
 from colbert_jax.forms import Forms, untried
 from colbert_jax.losses import contrastive_loss, distillation_loss
 from colbert_jax.maxsim import maxsim_candidates, maxsim_global
-from colbert_jax.metric_log import MetricLog
+from colbert_jax.meter import Meter
 from colbert_jax.micro_batch import Encode, fit_lengths, make_encode, used_lengths
-from colbert_jax.not_finite import Skipped, Watch, judge, none_skipped
+from colbert_jax.not_finite import Watch, judge
 from colbert_jax.optimizer import build_optimizer
 from colbert_jax.sharding import (
     AXIS_RULES,
     batch_shards,
     global_batch,
     partition_spec,
-    replicated,
-    tree_shardings,
 )
+from colbert_jax.train_state import TrainState, save_state
 
 Batch = dict[str, Any]  # {"query": tokens, "document": tokens, "scores": teacher's, if any}
 Metrics = dict[str, Float[Array, ""]]
@@ -51,25 +44,6 @@ LossFn = Callable[[Params, Batch], tuple[Float[Array, ""], Metrics]]
 # encodes again, keeping matrix products of that one. "names": matrix products of all texts. "none":
 # every activation.
 REMAT = ("full", "names", "none")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class TrainState:
-    """All that a step changes.
-
-    Attributes:
-      step: number of steps made, those that were skipped among them, int32.
-      params: `{"model": ..., "loss": ...}`, float32; "loss" holds the log temperature where it is
-        learned and is empty otherwise.
-      opt_state: the optimiser's, float32.
-      skipped: how many steps changed nothing, since their numbers were not finite.
-    """
-
-    step: Int[Array, ""]
-    params: Params
-    opt_state: optax.OptState
-    skipped: Skipped
 
 
 def build_step(
@@ -305,45 +279,6 @@ def collect_later() -> Iterator[None]:
             gc.enable()
 
 
-def abstract_state(
-    config: ColbertConfig,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    learn_temperature: bool = False,
-) -> TrainState:
-    """Shapes and shardings of a state; nothing is allocated.
-
-    The optimiser's moments are laid out as the parameters they belong to.
-    """
-    loss_shapes: Params = {}
-    loss_axes: Params = {}
-    if learn_temperature:
-        loss_shapes = {"log_temperature": jax.ShapeDtypeStruct((), jnp.float32)}
-        loss_axes = {"log_temperature": ()}
-    shapes = {"model": param_shapes(config), "loss": loss_shapes}
-    axes = {"model": param_axes(config), "loss": loss_axes}
-    shardings = tree_shardings(axes, shapes, mesh)
-    opt_shapes = jax.eval_shape(optimizer.init, shapes)
-    opt_shardings = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        opt_shapes,
-        shardings,
-        transform_non_params=lambda _: replicated(mesh),
-    )
-
-    def with_sharding(shape: jax.ShapeDtypeStruct, sharding: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-    count = with_sharding(jax.ShapeDtypeStruct((), jnp.int32), replicated(mesh))
-    return TrainState(
-        step=count,
-        params=jax.tree.map(with_sharding, shapes, shardings),
-        opt_state=jax.tree.map(with_sharding, opt_shapes, opt_shardings),
-        skipped=Skipped(in_all=count, in_row=count),
-    )
-
-
 def abstract_batch(config: Mapping[str, Any], mesh: Mesh) -> Batch:
     """Shapes and shardings of a run's global batch; nothing is read or allocated."""
     settings, count = config["model"], config["input"]["batch_size"]
@@ -391,80 +326,6 @@ def check_batch(config: Mapping[str, Any], mesh: Mesh) -> None:
         )
 
 
-def init_state(
-    make_params: Callable[[], Params], optimizer: optax.GradientTransformation, like: TrainState
-) -> TrainState:
-    """A state at step 0, born with the shardings of `like`.
-
-    Args:
-      make_params: returns the whole `params` tree; traced, so that no device holds it unsplit.
-      optimizer: initialises its state from the parameters.
-      like: the abstract state.
-    """
-
-    def make() -> TrainState:
-        params = make_params()
-        step = jnp.zeros((), jnp.int32)
-        return TrainState(step, params, optimizer.init(params), none_skipped())
-
-    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, like))()
-
-
-def place_state(
-    params: Params, optimizer: optax.GradientTransformation, like: TrainState
-) -> TrainState:
-    """A state at step 0 from parameters on the host, each host placing its own shards.
-
-    Parameters that are placed as wanted already are taken over.
-    """
-
-    def place(x: Any, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-        if isinstance(x, jax.Array) and x.sharding == abstract.sharding:
-            return x
-        host = np.asarray(x)
-        return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda i: host[i])
-
-    placed = jax.tree.map(place, params, like.params)
-    shardings = jax.tree.map(lambda x: x.sharding, like.opt_state)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(placed)
-    step = jax.device_put(jnp.zeros((), jnp.int32), like.step.sharding)
-    skipped = jax.device_put(none_skipped(), like.step.sharding)
-    return TrainState(step, placed, opt_state, skipped)
-
-
-def restore_state(checkpoints: Checkpoints, like: TrainState) -> tuple[TrainState, dict]:
-    """The newest whole checkpoint's state, in the layout of `like`, and the input's position."""
-    params, restored, input_state = checkpoints.restore(
-        params=like.params, optimizer=_beside_params(like)
-    )
-    skipped = Skipped(**restored["skipped"])
-    return TrainState(restored["step"], params, restored["state"], skipped), input_state
-
-
-def _beside_params(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds under "optimizer"."""
-    skipped = {"in_all": state.skipped.in_all, "in_row": state.skipped.in_row}
-    return {"step": state.step, "state": state.opt_state, "skipped": skipped}
-
-
-def save_state(
-    checkpoints: Checkpoints,
-    state: TrainState,
-    input_state: dict,
-    config: dict,
-    value: float | None = None,
-) -> None:
-    """Starts saving a state with the input's position, the run's config and its worth, if known."""
-    checkpoints.save(
-        int(state.step),
-        params=state.params,
-        optimizer=_beside_params(state),
-        input_state=input_state,
-        config=config,
-        value=value,
-    )
-
-
 class BatchIterator(Protocol):
     """What the loop needs of its input."""
 
@@ -485,31 +346,24 @@ def train(
     state: TrainState,
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     batches: BatchIterator,
+    config: dict[str, Any],
     *,
     mesh: Mesh,
-    total_steps: int,
-    peak_flops: float,
-    log_every_steps: int,
-    log: MetricLog,
+    meter: Meter,
     checkpoints: Checkpoints,
-    config: dict,
     evaluate: Callable[[int, Params], float | None],
     asked_to_stop: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
-    """Runs the loop up to `total_steps`, or until it is asked to stop, and saves the last step.
+    """Runs the loop up to `config.total_steps`, or until it is asked to stop; saves the last step.
 
     Args:
       state: where to start; its step says how far an earlier run came.
       train_step: the compiled step.
       batches: the input, at the state's position.
+      config: the run's, saved with each state.
       mesh: the mesh of the run.
-      total_steps: updates to have made in the end.
-      peak_flops: FLOP/s of all devices, what `train/mfu` is a share of.
-      log_every_steps: metrics are fetched, logged and shown at multiples of it; 0 leaves only the
-        last step's.
-      log: takes the metrics.
+      meter: takes the metrics.
       checkpoints: takes the states.
-      config: the run's config, saved with each state.
       evaluate: called as `evaluate(step, params)` after every step; decides itself what is due, and
         returns what the best checkpoint is chosen by, or None.
       asked_to_stop: called with the step after every one; true on all hosts after the same.
@@ -520,64 +374,31 @@ def train(
     Raises:
       NotFinite: too many steps in a row were skipped, since their numbers were not finite.
     """
-    first = int(state.step)
+    first, total_steps = int(state.step), config["total_steps"]
     watch = Watch(lambda step: batches.origin(step - 1)[0])
-    bar = tqdm(
-        total=total_steps,
-        initial=first,
-        unit="step",
-        desc="train",
-        disable=jax.process_index() > 0,
-        dynamic_ncols=True,
-    )
-    since, last_logged = time.perf_counter(), first
-    with bar:
-        batch: Batch = global_batch(next(batches), mesh) if first < total_steps else {}
-        waited = time.perf_counter() - since
+    with meter.running(first):
+        with meter.waiting():
+            batch: Batch = global_batch(next(batches), mesh) if first < total_steps else {}
         for step in range(first + 1, total_steps + 1):
             with collect_later():  # the first call compiles
                 state, metrics = train_step(state, batch)
             # Where a restored run stands: this step's batch was taken, the next was not.
             position = batches.get_state()
             if step < total_steps:  # read and sent to the devices while they are at this step
-                asked = time.perf_counter()
-                batch = global_batch(next(batches), mesh)
-                waited += time.perf_counter() - asked
+                with meter.waiting():
+                    batch = global_batch(next(batches), mesh)
             watch.note(step, metrics, state)
-            if step == total_steps or (log_every_steps and step % log_every_steps == 0):
-                values = {f"train/{k}": float(v) for k, v in jax.device_get(metrics).items()}
-                del values["train/skipped_in_row"], values["train/stop"]  # the watch's
-                steps, now = step - last_logged, time.perf_counter()
-                seconds = (now - since) / steps
-                values |= {
-                    "train/pairs_per_second": len(jax.tree.leaves(batch)[0]) / seconds,
-                    "train/tokens_per_second": values.pop("train/tokens") / seconds,
-                    "train/mfu": values.pop("train/model_flops") / seconds / peak_flops,
-                    "time/step": seconds,
-                    "time/data_wait": waited / steps,
-                }
-                log.write(step, values)
-                bar.update(steps)
-                bar.set_postfix_str(progress_text(values))
-                waited, since, last_logged = 0.0, time.perf_counter(), step
-            paused = time.perf_counter()
-            # Whoever is asked to stop may have seconds left: no time to measure anything.
-            stop = step < total_steps and asked_to_stop(step)
-            value = None if stop else evaluate(step, state.params)
-            best = checkpoints.is_best(value, config)
-            if checkpoints.due(step) or best or stop or step == total_steps:
-                watch.look(state)
-                save_state(checkpoints, state, position, config, value)
+            if meter.due(step):
+                meter.note(step, metrics, pairs=len(jax.tree.leaves(batch)[0]))
+            with meter.paused():
+                # Whoever is asked to stop may have seconds left: no time to measure anything.
+                stop = step < total_steps and asked_to_stop(step)
+                value = None if stop else evaluate(step, state.params)
+                best = checkpoints.is_best(value, config)
+                if checkpoints.due(step) or best or stop or step == total_steps:
+                    watch.look(state)
+                    save_state(checkpoints, state, position, config, value)
             if stop:
                 break
-            since += time.perf_counter() - paused
     checkpoints.wait()
     return state
-
-
-def progress_text(values: Mapping[str, float]) -> str:
-    """The right end of the progress bar; the time left is the bar's own."""
-    return (
-        f"loss {values['train/loss']:.3f}, accuracy {values['train/accuracy']:.1%}, "
-        f"{values['train/pairs_per_second']:,.0f} pairs/s"
-    )

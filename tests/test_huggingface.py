@@ -15,10 +15,16 @@ import transformers
 from reference.client import PyLateReference
 from safetensors.numpy import load_file, save_file
 
-from colbert_jax import huggingface
 from colbert_jax.colbert import ColbertConfig, DenseConfig, Params, init_params, make_embed
 from colbert_jax.errors import UserError
-from colbert_jax.huggingface import Model, encoder_json, read_model, read_weights, save_model
+from colbert_jax.huggingface import (
+    Model,
+    encoder_json,
+    read_model,
+    read_weights,
+    save_model,
+    weights,
+)
 from colbert_jax.modernbert import ModernBertConfig
 from colbert_jax.tokenization import ColbertTokenizer, TokenizationConfig, train_tokenizer
 
@@ -539,14 +545,14 @@ def test_a_save_that_fails_leaves_nothing(
     error: BaseException,
 ) -> None:
     model, params = load(sources["one"])
-    saved = huggingface.save_file
+    saved = weights.save_file
 
     def fail(tensors: Any, path: Path, **options: Any) -> None:
         saved(tensors, path, **options)
         if path.parent.name == "1_Dense":
             raise error
 
-    monkeypatch.setattr(huggingface, "save_file", fail)
+    monkeypatch.setattr(weights, "save_file", fail)
     with pytest.raises(type(error)):
         save_model(tmp_path / "deep" / "export", model, params, "")
     assert not contents(tmp_path)

@@ -23,7 +23,8 @@ from colbert_jax.optimizer import build_optimizer
 from colbert_jax.replay import replay
 from colbert_jax.run import run
 from colbert_jax.tokenization import ColbertTokenizer
-from colbert_jax.train import TrainState, make_train_step
+from colbert_jax.train import make_train_step
+from colbert_jax.train_state import TrainState
 
 ROOT = Path(__file__).parents[1]
 MOST = 3

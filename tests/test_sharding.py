@@ -31,14 +31,8 @@ from colbert_jax.sharding import (
     partition_spec,
     replicated,
 )
-from colbert_jax.train import (
-    Batch,
-    TrainState,
-    abstract_state,
-    init_state,
-    make_loss_fn,
-    make_train_step,
-)
+from colbert_jax.train import Batch, make_loss_fn, make_train_step
+from colbert_jax.train_state import TrainState, abstract_state, init_state
 
 MODEL = ColbertConfig(
     ModernBertConfig(

@@ -16,6 +16,7 @@ import pytest
 
 from colbert_jax.checkpoint import Checkpoints
 from colbert_jax.colbert import ColbertConfig, DenseConfig, init_params, make_embed
+from colbert_jax.meter import Meter
 from colbert_jax.metric_log import MetricLog, draw_curves, read_metrics
 from colbert_jax.micro_batch import make_encode
 from colbert_jax.modernbert import ModernBertConfig
@@ -24,14 +25,11 @@ from colbert_jax.optimizer import build_optimizer
 from colbert_jax.sharding import global_batch, make_mesh
 from colbert_jax.train import (
     Batch,
-    TrainState,
-    abstract_state,
-    init_state,
     make_loss_fn,
     make_train_step,
-    restore_state,
     train,
 )
+from colbert_jax.train_state import TrainState, abstract_state, init_state, restore_state
 
 BATCH, TOTAL_STEPS = 8, 40
 MODEL = ColbertConfig(
@@ -161,13 +159,10 @@ def overfit(workdir: Path, batch: Batch, dtype: str = "float32", **loss: Any) ->
             first,
             step,
             input_,
+            {"total_steps": TOTAL_STEPS},
             mesh=mesh,
-            total_steps=TOTAL_STEPS,
-            peak_flops=PEAK_FLOPS,
-            log_every_steps=10,
-            log=log,
+            meter=Meter(log, 10, TOTAL_STEPS, PEAK_FLOPS),
             checkpoints=checkpoints,
-            config={"any": "thing"},
             evaluate=lambda at, params: asked.append(at),
         )
     # The state handed over is gone: its memory was given to the next one.
@@ -336,23 +331,21 @@ def run_loop(
     workdir: Path,
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]],
     batches: Repeat | None = None,
+    *,
+    total_steps: int,
+    log_every_steps: int = 0,
     **settings: Any,
 ) -> None:
-    """The loop around a step that trains nothing; settings are `train`'s."""
+    """The loop around a step that trains nothing; other settings are `train`'s."""
     log = MetricLog(workdir)
-    quiet = {
-        "log_every_steps": 0,
-        "checkpoints": NoCheckpoints(),
-        "evaluate": lambda step, params: None,
-    }
+    quiet = {"checkpoints": NoCheckpoints(), "evaluate": lambda step, params: None}
     train(
         TrainState(jnp.int32(0), {"model": {}, "loss": {}}, {}, none_skipped()),
         step,
         batches or Repeat({"x": np.zeros((8, 1), np.float32)}),
+        {"total_steps": total_steps},
         mesh=make_mesh(),
-        peak_flops=PEAK_FLOPS,
-        log=log,
-        config={},
+        meter=Meter(log, log_every_steps, total_steps, PEAK_FLOPS),
         **quiet | settings,
     )
     log.close()
@@ -410,7 +403,7 @@ def test_the_next_batch_is_sent_while_the_devices_are_at_this_one(
             events.append(f"save {step} at {state['input_state']['next_index']}")
 
     monkeypatch.setattr("colbert_jax.train.global_batch", place)
-    monkeypatch.setattr("colbert_jax.train.jax.device_get", fetch)
+    monkeypatch.setattr("colbert_jax.meter.jax.device_get", fetch)
     run_loop(tmp_path, step, batches, total_steps=3, log_every_steps=1, checkpoints=Noted())
     assert events == [
         *("send 1", "step", "send 2", "fetch"),

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from colbert_jax import huggingface
 from colbert_jax.errors import UserError
+from colbert_jax.huggingface import weights as weight_files
 
 
 @pytest.fixture(autouse=True)
@@ -355,13 +356,13 @@ sys.addaudithook(audit)
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that are opened, by Python and by safetensors, as long as the test runs."""
     names: list[str] = []
-    real = huggingface.safe_open
+    real = weight_files.safe_open
 
     def safe_open(path: Any, **options: Any) -> Any:
         names.append(str(path))
         return real(path, **options)
 
-    monkeypatch.setattr(huggingface, "safe_open", safe_open)
+    monkeypatch.setattr(weight_files, "safe_open", safe_open)
     monkeypatch.setattr(sys.modules[__name__], "OPENED", names)
     return names
 
