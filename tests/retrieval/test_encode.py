@@ -40,11 +40,17 @@ def rows_of(table: dict[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
+@pytest.mark.parametrize(("platform", "most"), [("cpu", 16), ("gpu", 8), ("tpu", 8)])
 @pytest.mark.parametrize("longest", [4, 5, 7, 180, 8192])
-def test_eight_lengths_at_most_hold_every_document(longest: int) -> None:
+def test_a_few_lengths_hold_every_document(
+    longest: int, platform: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("colbert_jax.retrieval.encode.platform", lambda: platform)
     lengths = document_lengths(longest)
     assert list(lengths) == sorted(set(lengths))
-    assert len(lengths) <= 8 and lengths[-1] == longest and lengths[0] >= 1
+    assert lengths[-1] == longest and lengths[0] >= 1
+    assert len(lengths) == min(most, longest)
+    assert max(np.diff([0, *lengths])) == -(-longest // most)  # no step is longer than the others
 
 
 @pytest.mark.parametrize("shape", MESHES)
@@ -151,17 +157,20 @@ def test_programs_are_compiled_once(
 
     encoder = Encoder(embed, tokenizer, mesh_of((2, 1, 1)), batch_size=4)
     params = encoder.place(table)
-    for _ in encoder.documents(params, real_texts[:200]):
-        pass
+    for count in (200, 150, 99):
+        for _ in encoder.documents(params, real_texts[:count]):
+            pass
     encoder.queries(params, real_texts[:33])
-    # Seven of eight lengths of documents, since none of these is so short, and queries.
-    assert sorted(traced) == [(8, length) for length in (8, 10, 12, 15, 19, 23, 27, 30)]
+    # Those of sixteen lengths of documents that a block is as long as; 10 is the queries' too.
+    lengths = (6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 30)
+    assert sorted(traced) == [(8, length) for length in lengths]
+    assert set(lengths) <= set(encoder.lengths)
     other = encoder.place({"table": table["table"] + 1})
     for count in (200, 150, 99):
         for _ in encoder.documents(other, real_texts[:count]):
             pass
         found = encoder.queries(other, real_texts[:count]).embeddings
-    assert len(traced) == 8
+    assert len(traced) == len(lengths)
     batch = tokenizer.queries(real_texts[:99])
     np.testing.assert_allclose(
         found, rows_of({"table": table["table"] + 1}, batch["input_ids"]), atol=1e-6
