@@ -91,7 +91,27 @@ class Evals:
             if known and all(system in systems for systems in known)
         }
 
-    def start(self, params: Params) -> None:
+    def before(self, resumed: int | None, total_steps: int, params: Params) -> float | None:
+        """Measures what is due before a run trains: at its start, or where a stop left it out.
+
+        Args:
+          resumed: the step that the run goes on from; None at its start.
+          total_steps: the last step.
+          params: the model's, as they are now.
+
+        Returns:
+          What the step is worth to the choice of the best checkpoint; None where nothing was
+          measured, or nothing is chosen.
+        """
+        if resumed is None:
+            self._start(params)
+            return None
+        if resumed >= total_steps:
+            return None
+        self._forget_trained()
+        return self._make_up(resumed, params)
+
+    def _start(self, params: Params) -> None:
         """Measures BM25 and the model as it is now, where the config asks for it."""
         if not (self.collections and self.settings["baselines"]):
             return
@@ -117,7 +137,7 @@ class Evals:
         value = values.get(self.settings["best"])
         return value if value is not None and math.isfinite(value) else None
 
-    def make_up(self, step: int, params: Params) -> float | None:
+    def _make_up(self, step: int, params: Params) -> float | None:
         """Measures a resumed run's step where that was due, and the run was asked to stop there.
 
         Returns:
@@ -149,7 +169,7 @@ class Evals:
         write_json(self.workdir / "results.json", self.results)
         return self.results["trained"]
 
-    def forget_trained(self) -> None:
+    def _forget_trained(self) -> None:
         """Drops the results of a run that is now to be trained for longer."""
         if not any("trained" in systems for systems in self._systems.values()):
             return

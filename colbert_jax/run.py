@@ -121,12 +121,8 @@ def run_phase(
         # How well it ranks, before, during and after.
         encodes = (embed, model.tokenizer, mesh)
         evals = Evals(plain["evals"], collections, encodes, workdir, log, resumed is not None)
-        if int(state.step) < config.total_steps:
-            evals.forget_trained()
-        if resumed is None:
-            evals.start(state.params["model"])
-        elif resumed < config.total_steps:
-            value = evals.make_up(resumed, state.params["model"])
+        value = evals.before(resumed, config.total_steps, state.params["model"])
+        if resumed is not None:
             checkpoints.rate(resumed, value, plain)
 
         def evaluate(step: int, params: Params) -> float | None:

@@ -410,9 +410,9 @@ def test_a_later_process_writes_nothing(
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     evals, _, params = make_evals([read_beir(collections[0])], baselines=True)
-    evals.start(params)
+    assert evals.before(None, 9, params) is None
     evals.finish(1, params)
-    evals.forget_trained()
+    evals.before(1, 9, params)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -434,7 +434,7 @@ def test_what_is_known_of_all_collections_alone_is_compared(
 
     monkeypatch.setattr(evals_module, "evaluate", fake)
     evals, _, params = make_evals([first], baselines=True)
-    evals.start(params)
+    assert evals.before(None, 9, params) is None
     evals.finish(1, params)
     assert [evals.results[s]["MAP"] for s in ("untrained", "trained")] == [0.1, 0.2]
     # All three are read back by a run that goes on, and nothing by one that starts.
@@ -446,9 +446,10 @@ def test_what_is_known_of_all_collections_alone_is_compared(
     assert list(more.results) == ["bm25", "trained"]
     assert more.results["trained"]["MAP"] == pytest.approx(0.35)
     assert read_strictly(tmp_path / "results.json") == more.results
-    alone, _, _ = make_evals([first], resumed=True)
+    alone, _, _ = make_evals([first], resumed=True, every_steps=0)
+    assert alone.before(2, 2, params) is None  # it has made its last step
     assert list(alone.results) == ["bm25", "untrained", "trained"]
-    alone.forget_trained()
+    assert alone.before(2, 9, params) is None
     assert list(read_strictly(tmp_path / "results.json")) == ["bm25", "untrained"]
     left = read_strictly(evaluation_path(tmp_path, "plain"))
     assert list(left["systems"]) == ["bm25", "untrained"]
