@@ -14,7 +14,7 @@ from colbert_jax.metric_log import MetricLog
 class Meter:
     """Logs and shows the metrics of steps, and how fast they are made.
 
-    The clock runs from entering it to leaving it, but for what is done while `paused`.
+    The clock runs inside `running`, but not inside `paused`.
 
     Attributes:
       every_steps: metrics are fetched, logged and shown at multiples of it; 0 leaves only the last
