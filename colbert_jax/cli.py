@@ -14,7 +14,6 @@ from typing import NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from colbert_jax.errors import Interrupted, UserError, printable
 from colbert_jax.xla_flags import find_platform, set_flags
@@ -66,20 +65,12 @@ def run_program(main: Callable[[], None], required: Sequence[str] = ()) -> None:
 def show_log() -> None:
     """Shows this project's log lines plainly, and of other libraries the warnings only."""
     absl_logging.set_verbosity(absl_logging.WARNING)
-    handler = _AboveBars()
+    handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("colbert_jax")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-
-
-class _AboveBars(logging.StreamHandler):
-    """Writes lines of their own, above the progress bars, which are drawn again."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with tqdm.external_write_mode(self.stream):
-            super().emit(record)
 
 
 def _fail(error: UserError) -> NoReturn:

@@ -1,7 +1,6 @@
 """The programs' flags: real names and values only, one clear line and status 2 for the rest."""
 
 import json
-import logging
 import os
 import runpy
 import subprocess
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
-from tqdm import tqdm
 
 from colbert_jax import cli
 from colbert_jax.data.corpora import CORPORA
@@ -208,22 +206,6 @@ def test_a_config_file_that_fails_is_the_users_error(
     with pytest.raises(UserError, match=message) as caught:
         parse(f"--config={tmp_path}/broken.py", *override)
     assert "broken.py" in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_line_of_the_log_shares_no_line_with_a_progress_bar(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logger = logging.getLogger("colbert_jax")
-    for name in ("handlers", "propagate", "level"):  # what is set now is as before in other tests
-        monkeypatch.setattr(logger, name, getattr(logger, name))
-    cli.show_log()
-    with tqdm(total=10, desc="train") as bar:
-        bar.update(5)
-        logging.getLogger("colbert_jax.run").info("measuring the model")
-    (line,) = [x for x in capsys.readouterr().err.split("\n") if "measuring" in x]
-    *cleared, shown = line.split("\r")
-    assert shown == "measuring the model"
-    assert "train" in "".join(cleared) and not cleared[-1].strip()
 
 
 def test_overrides_reach_the_config_with_their_types() -> None:
