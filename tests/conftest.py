@@ -20,6 +20,7 @@ import ast  # noqa: E402
 import io  # noqa: E402
 import random  # noqa: E402
 import sysconfig  # noqa: E402
+import threading  # noqa: E402
 import tokenize  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 
@@ -118,6 +119,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     # To import files of which nothing is run takes a quarter of the quick tests' time.
     unwanted = "not slow" in config.option.markexpr and collection_path.stem in SLOW
     return True if unwanted else None
+
+
+@pytest.hookimpl(trylast=True)  # coverage has begun by then
+def pytest_sessionstart() -> None:
+    """Has coverage leave threads alone that begin later, where that can end them.
+
+    Before Python 3.12 one of two threads that are to be traced at the same moment ends before it
+    runs (python/cpython 98257), and a test that waits for its work never ends.
+    """
+    if sys.version_info < (3, 12):
+        threading.settrace(None)  # type: ignore[arg-type]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at

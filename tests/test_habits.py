@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,11 @@ def test_each_hook_finds_what_it_is_for(hook: str, repository: Path) -> None:
     status, said = checked(repository)
     assert status != 0 and found in said, said
     assert re.search(rf"^{hook}\.+Failed", said, re.M), said
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="coverage traces threads otherwise there")
+def test_coverage_traces_no_thread_that_tracing_could_end() -> None:
+    assert threading.gettrace() is None  # tests/conftest.py says why
 
 
 def test_ci_makes_the_same_checks() -> None:
