@@ -72,8 +72,13 @@ def test_the_last_step_is_always_due(every: int, due: list[int], tmp_path: Path)
 
 
 def test_the_bar_shows_steps_done_and_how_they_go(
-    clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    clock: Clock,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name in ("COLUMNS", "LINES"):  # of a terminal that is wide enough
+        monkeypatch.setenv(name, "200")
     meter = Meter(MetricLog(tmp_path), every_steps=1, total_steps=4, peak_flops=1.0)
     with meter.running(step=1):
         clock.now += 2
