@@ -36,12 +36,7 @@ from colbert_jax.modernbert import ModernBertConfig
 from colbert_jax.run import check_settings
 from colbert_jax.sharding import make_mesh
 from colbert_jax.start import is_run, new_shape
-from colbert_jax.train import (
-    abstract_batch,
-    build_step,
-    check_batch,
-    collect_later,
-)
+from colbert_jax.train import abstract_batch, build_step, check_batch, collect_later
 from colbert_jax.train_state import abstract_state
 
 logger = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ has to round as it did before.
 """
 
 import functools
+import importlib.metadata
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -24,7 +25,6 @@ from colbert_jax.colbert import ColbertConfig
 from colbert_jax.maxsim import maxsim_all_pairs
 from colbert_jax.maxsim_kernels import takes
 from colbert_jax.results import write_json
-from colbert_jax.sessions import package_version
 from colbert_jax.sharding import make_mesh, platform
 from colbert_jax.trial import fastest
 
@@ -158,6 +158,14 @@ def _conditions(config: Mapping[str, Any]) -> dict[str, Any]:
         **{name: config["model"][name] for name in ("dtype", "micro_batch")},
         **{name: package_version(name) for name in LIBRARIES},
     }
+
+
+def package_version(name: str) -> str | None:
+    """Of an installed package; None if it is not there."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # some vendors' builds go by another name
+        return None
 
 
 def _trials(config: Mapping[str, Any], model: ColbertConfig) -> dict[str, Trial]:

@@ -19,23 +19,22 @@ class Meter:
     Attributes:
       every_steps: metrics are fetched, logged and shown at multiples of it; 0 leaves only the last
         step's.
-      total_steps: the last step.
       peak_flops: FLOP/s of all devices, what `train/mfu` is a share of.
     """
 
-    def __init__(self, log: MetricLog, every_steps: int, total_steps: int, peak_flops: float):
+    def __init__(self, log: MetricLog, every_steps: int, peak_flops: float):
         """A meter that writes to a log; the rest as the attributes."""
         self.every_steps = every_steps
-        self.total_steps = total_steps
         self.peak_flops = peak_flops
         self._log = log
 
     @contextlib.contextmanager
-    def running(self, step: int) -> Iterator[None]:
+    def running(self, step: int, total_steps: int) -> Iterator[None]:
         """Starts the clock after a step, and shows a bar until the block is left."""
+        self._total_steps = total_steps
         self._since, self._waited, self._last = time.perf_counter(), 0.0, step
         with tqdm(
-            total=self.total_steps,
+            total=total_steps,
             initial=step,
             unit="step",
             desc="train",
@@ -61,7 +60,7 @@ class Meter:
     def due(self, step: int) -> bool:
         """Whether a step's metrics are to be noted."""
         every = self.every_steps
-        return step == self.total_steps or (every > 0 and step % every == 0)
+        return step == self._total_steps or (every > 0 and step % every == 0)
 
     def note(self, step: int, metrics: Mapping[str, Any], pairs: int) -> None:
         """Waits for a step to end, and logs and shows what it gave.

@@ -31,13 +31,7 @@ from colbert_jax.micro_batch import used_lengths
 from colbert_jax.run import check_rows, check_settings, keep_compiled, open_training
 from colbert_jax.sharding import global_batch, join_hosts, make_mesh
 from colbert_jax.start import open_model, start_state
-from colbert_jax.train import (
-    Batch,
-    BatchIterator,
-    Metrics,
-    check_batch,
-    collect_later,
-)
+from colbert_jax.train import Batch, BatchIterator, Metrics, check_batch, collect_later
 from colbert_jax.train_state import TrainState
 
 logger = logging.getLogger(__name__)

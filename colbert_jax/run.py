@@ -36,14 +36,7 @@ from colbert_jax.results import Results, results_table, write_json
 from colbert_jax.sessions import note_session
 from colbert_jax.sharding import join_hosts, lost_host, make_mesh
 from colbert_jax.start import CONFIG_FILE, is_run, open_model, start_state
-from colbert_jax.train import (
-    REMAT,
-    Batch,
-    Metrics,
-    build_step,
-    check_batch,
-    train,
-)
+from colbert_jax.train import REMAT, Batch, Metrics, build_step, check_batch, train
 from colbert_jax.train_state import TrainState, abstract_state, restore_state, save_state
 
 logger = logging.getLogger(__name__)
@@ -115,8 +108,7 @@ def run_phase(
             note_session(workdir, resumed or 0, mesh.size, peak, facts)
 
         log = MetricLog(workdir, resume_step=resumed)
-        flops = peak.flops * mesh.size
-        meter = Meter(log, config.log_every_steps, config.total_steps, flops)
+        meter = Meter(log, config.log_every_steps, peak.flops * mesh.size)
 
         # How well it ranks, before, during and after.
         encodes = (embed, model.tokenizer, mesh)

@@ -1,7 +1,6 @@
 """What a run is made of and where it ran: `<workdir>/run.json`, for its report."""
 
 import datetime
-import importlib.metadata
 import json
 import platform
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import jax
 
+from colbert_jax.forms import package_version
 from colbert_jax.rates import Rates
 from colbert_jax.results import write_json
 
@@ -53,11 +53,3 @@ def read_sessions(workdir: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return sessions if isinstance(sessions, list) else []
-
-
-def package_version(name: str) -> str | None:
-    """Of an installed package; None if it is not there."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # some vendors' builds go by another name
-        return None

@@ -13,12 +13,7 @@ from jaxtyping import Array, Float
 
 from colbert_jax.attention import AttentionForm
 from colbert_jax.checkpoint import Checkpoints
-from colbert_jax.colbert import (
-    ColbertConfig,
-    Params,
-    make_embed,
-    scanned_params,
-)
+from colbert_jax.colbert import ColbertConfig, Params, make_embed, scanned_params
 from colbert_jax.cost import model_flops
 from colbert_jax.errors import UserError
 from colbert_jax.forms import Forms, untried
@@ -28,12 +23,7 @@ from colbert_jax.meter import Meter
 from colbert_jax.micro_batch import Encode, fit_lengths, make_encode, used_lengths
 from colbert_jax.not_finite import Watch, judge
 from colbert_jax.optimizer import build_optimizer
-from colbert_jax.sharding import (
-    AXIS_RULES,
-    batch_shards,
-    global_batch,
-    partition_spec,
-)
+from colbert_jax.sharding import AXIS_RULES, batch_shards, global_batch, partition_spec
 from colbert_jax.train_state import TrainState, save_state
 
 Batch = dict[str, Any]  # {"query": tokens, "document": tokens, "scores": teacher's, if any}
@@ -376,7 +366,7 @@ def train(
     """
     first, total_steps = int(state.step), config["total_steps"]
     watch = Watch(lambda step: batches.origin(step - 1)[0])
-    with meter.running(first):
+    with meter.running(first, total_steps):
         with meter.waiting():
             batch: Batch = global_batch(next(batches), mesh) if first < total_steps else {}
         for step in range(first + 1, total_steps + 1):

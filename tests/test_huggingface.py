@@ -21,6 +21,7 @@ from colbert_jax.huggingface import (
     Model,
     encoder_json,
     read_model,
+    read_tokenizer,
     read_weights,
     save_model,
     weights,
@@ -215,6 +216,21 @@ def test_overrides_go_over_the_folders_settings(sources: dict[str, Path]) -> Non
     config = model.tokenizer.config
     assert (config.query_length, config.document_length, config.query_prompt) == (7, 60, "q")
     assert config.document_prompt == "search_document: "
+
+
+@pytest.mark.parametrize(
+    ("sbert", "lowered"), [({"do_lower_case": True}, True), ({}, False), (None, True)]
+)
+def test_lower_case_is_what_its_own_file_says_if_there_is_one(
+    folder: Path, sbert: dict[str, Any] | None, lowered: bool
+) -> None:
+    edit_json(folder / "config_sentence_transformers.json", lambda x: x | {"do_lower_case": True})
+    path = folder / "sentence_bert_config.json"
+    path.unlink()
+    if sbert is not None:
+        path.write_text(json.dumps(sbert))
+    for tokenizer in (read_model(str(folder)).tokenizer, read_tokenizer(str(folder))):
+        assert tokenizer.config.do_lower_case is lowered
 
 
 # Writing.

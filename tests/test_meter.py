@@ -37,8 +37,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_rates_are_of_the_time_that_was_not_paused(clock: Clock, tmp_path: Path) -> None:
     log = MetricLog(tmp_path)
-    meter = Meter(log, every_steps=2, total_steps=6, peak_flops=1e7)
-    with meter.running(step=2):
+    meter = Meter(log, every_steps=2, peak_flops=1e7)
+    with meter.running(step=2, total_steps=6):
         with meter.waiting():
             clock.now += 1
         clock.now += 3  # a step
@@ -67,8 +67,9 @@ def test_rates_are_of_the_time_that_was_not_paused(clock: Clock, tmp_path: Path)
     ("every", "due"), [(0, [5]), (1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])]
 )
 def test_the_last_step_is_always_due(every: int, due: list[int], tmp_path: Path) -> None:
-    meter = Meter(MetricLog(tmp_path), every, total_steps=5, peak_flops=1.0)
-    assert [step for step in range(1, 6) if meter.due(step)] == due
+    meter = Meter(MetricLog(tmp_path), every, peak_flops=1.0)
+    with meter.running(step=0, total_steps=5):
+        assert [step for step in range(1, 6) if meter.due(step)] == due
 
 
 def test_the_bar_shows_steps_done_and_how_they_go(
@@ -79,8 +80,8 @@ def test_the_bar_shows_steps_done_and_how_they_go(
 ) -> None:
     for name in ("COLUMNS", "LINES"):  # of a terminal that is wide enough
         monkeypatch.setenv(name, "200")
-    meter = Meter(MetricLog(tmp_path), every_steps=1, total_steps=4, peak_flops=1.0)
-    with meter.running(step=1):
+    meter = Meter(MetricLog(tmp_path), every_steps=1, peak_flops=1.0)
+    with meter.running(step=1, total_steps=4):
         clock.now += 2
         meter.note(3, METRICS, pairs=2000)
     shown = capsys.readouterr().err.split("\r")[-1]

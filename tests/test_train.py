@@ -23,12 +23,7 @@ from colbert_jax.modernbert import ModernBertConfig
 from colbert_jax.not_finite import none_skipped
 from colbert_jax.optimizer import build_optimizer
 from colbert_jax.sharding import global_batch, make_mesh
-from colbert_jax.train import (
-    Batch,
-    make_loss_fn,
-    make_train_step,
-    train,
-)
+from colbert_jax.train import Batch, make_loss_fn, make_train_step, train
 from colbert_jax.train_state import TrainState, abstract_state, init_state, restore_state
 
 BATCH, TOTAL_STEPS = 8, 40
@@ -161,7 +156,7 @@ def overfit(workdir: Path, batch: Batch, dtype: str = "float32", **loss: Any) ->
             input_,
             {"total_steps": TOTAL_STEPS},
             mesh=mesh,
-            meter=Meter(log, 10, TOTAL_STEPS, PEAK_FLOPS),
+            meter=Meter(log, 10, PEAK_FLOPS),
             checkpoints=checkpoints,
             evaluate=lambda at, params: asked.append(at),
         )
@@ -345,7 +340,7 @@ def run_loop(
         batches or Repeat({"x": np.zeros((8, 1), np.float32)}),
         {"total_steps": total_steps},
         mesh=make_mesh(),
-        meter=Meter(log, log_every_steps, total_steps, PEAK_FLOPS),
+        meter=Meter(log, log_every_steps, PEAK_FLOPS),
         **quiet | settings,
     )
     log.close()

@@ -42,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file as PyLate and Transformers lay theirs out."""
+    """Writes JSON for people to read, as PyLate and Transformers lay theirs out."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -181,13 +181,13 @@ def parse_dense_config(fields: dict[str, Any], where: str) -> DenseConfig:
 
 
 def parse_tokenization(
-    saved: dict[str, Any], sbert: dict[str, Any], overrides: dict[str, Any] | None
+    saved: dict[str, Any], sbert: dict[str, Any] | None, overrides: dict[str, Any] | None
 ) -> TokenizationConfig:
     """Reads how a model's texts become tokens.
 
     Args:
       saved: `config_sentence_transformers.json`, where PyLate keeps most of it.
-      sbert: `sentence_bert_config.json`, which says whether texts are put in lower case.
+      sbert: `sentence_bert_config.json`, where there is one: whether texts are put in lower case.
       overrides: `TokenizationConfig` fields that replace the files'.
 
     Raises:
@@ -201,8 +201,8 @@ def parse_tokenization(
         for field in dataclasses.fields(TokenizationConfig)
         if saved.get(field.name) is not None
     }
-    if "do_lower_case" in sbert:
-        settings["do_lower_case"] = bool(sbert["do_lower_case"])
+    if sbert is not None:
+        settings["do_lower_case"] = bool(sbert.get("do_lower_case", False))
     return TokenizationConfig(**{**settings, **(overrides or {})})
 
 

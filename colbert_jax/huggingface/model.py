@@ -14,7 +14,7 @@ from colbert_jax.huggingface.configs import (
     read_json,
 )
 from colbert_jax.huggingface.folders import find_folder, module_folders
-from colbert_jax.tokenization import ColbertTokenizer, load_tokenizer
+from colbert_jax.tokenization import ColbertTokenizer, TokenizationConfig, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +89,7 @@ def read_model(
         )
         projection = (DenseConfig(encoder.hidden_size, embedding_size),)
 
-    sbert = _read_if_there(encoder_folder / "sentence_bert_config.json")
-    tokenization = parse_tokenization(saved, sbert, overrides)
+    tokenization = _read_tokenization(encoder_folder, saved, overrides)
     hf_tokenizer = load_tokenizer(encoder_folder)
     if len(hf_tokenizer) > encoder.vocab_size:
         raise UserError(
@@ -119,8 +118,7 @@ def read_tokenizer(
     """
     folder = find_folder(name_or_path, revision, weights=False)
     encoder_folder, _ = module_folders(folder)
-    sbert = _read_if_there(encoder_folder / "sentence_bert_config.json")
-    tokenization = parse_tokenization(_read_saved(folder), sbert, overrides)
+    tokenization = _read_tokenization(encoder_folder, _read_saved(folder), overrides)
     return ColbertTokenizer(load_tokenizer(encoder_folder), tokenization)
 
 
@@ -131,8 +129,12 @@ def has_projection(folder: Path) -> bool:
 
 def _read_saved(folder: Path) -> dict[str, Any]:
     """What PyLate keeps of a model beside its weights; nothing, for a base encoder."""
-    return _read_if_there(folder / "config_sentence_transformers.json")
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
+    path = folder / "config_sentence_transformers.json"
     return read_json(path) if path.is_file() else {}
+
+
+def _read_tokenization(
+    encoder_folder: Path, saved: dict[str, Any], overrides: dict[str, Any] | None
+) -> TokenizationConfig:
+    path = encoder_folder / "sentence_bert_config.json"
+    return parse_tokenization(saved, read_json(path) if path.is_file() else None, overrides)

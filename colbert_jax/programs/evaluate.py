@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from colbert_jax.errors import UserError, printable
+from colbert_jax.huggingface.configs import write_json
 from colbert_jax.programs.retriever import (
     ModelRequest,
     Retriever,
     open_output,
     open_retriever,
-    write_json_file,
 )
 from colbert_jax.results import Results, results_table
 from colbert_jax.retrieval.collection import Collection
@@ -89,7 +89,7 @@ def evaluate_model(
                 for system in runs
             }
             # After each, so that nothing is lost where a later one cannot be read.
-            write_json_file(
+            write_json(
                 folder / "metrics.json",
                 {
                     "model": retriever.name,

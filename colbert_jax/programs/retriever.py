@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import logging
 import tempfile
 from collections.abc import Callable
@@ -147,11 +146,6 @@ def file_digest(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check the path.") from error
-
-
-def write_json_file(path: Path, value: object) -> None:
-    """Writes JSON for people to read."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def open_output(folder: str | Path) -> Path:

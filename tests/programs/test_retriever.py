@@ -15,12 +15,12 @@ from tiny_model import make_model, save_model
 from colbert_jax import huggingface
 from colbert_jax.checkpoint import Checkpoints
 from colbert_jax.errors import UserError
+from colbert_jax.huggingface.configs import write_json
 from colbert_jax.programs.retriever import (
     ModelRequest,
     file_digest,
     open_output,
     open_retriever,
-    write_json_file,
 )
 from colbert_jax.start import CONFIG_FILE
 
@@ -209,7 +209,7 @@ def test_a_files_digest_is_of_its_bytes(tmp_path: Path) -> None:
 
 
 def test_json_is_for_people_to_read(tmp_path: Path) -> None:
-    write_json_file(tmp_path / "x.json", {"é": [1]})
+    write_json(tmp_path / "x.json", {"é": [1]})
     text = (tmp_path / "x.json").read_text(encoding="utf-8")
     assert text == '{\n  "é": [\n    1\n  ]\n}\n'
 
